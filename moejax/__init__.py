@@ -1,0 +1,28 @@
+"""moejax: sparse multimodal models as configurations of a few shared parts.
+
+The names below are loaded on first use, so that ``import moejax`` is quick.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "load_config": "moejax.config.load",
+    "build": "moejax.api",
+    "train": "moejax.api",
+    "load": "moejax.api",
+    "UserError": "moejax.errors",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'moejax' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

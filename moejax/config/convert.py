@@ -1,0 +1,83 @@
+"""ConfigDict <-> frozen dataclasses, with errors that name the field and the nearest name."""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+
+from moejax.config import schema
+from moejax.errors import UserError, did_you_mean
+
+_BY_NAME = {"model": schema.MODEL_CONFIGS, "objective": schema.OBJECTIVE_CONFIGS}
+
+
+def default_config(model: str = "decoder", objective: str = "next_token"):
+    """A ConfigDict with every field at its default, to be changed by a config file."""
+    config = schema.Config(
+        model=schema.MODEL_CONFIGS.get(model, field="model.name")(),
+        objective=schema.OBJECTIVE_CONFIGS.get(objective, field="objective.name")(),
+    )
+    return ml_collections.ConfigDict(to_dict(config))
+
+
+def to_dict(config) -> dict:
+    """The plain nested dict of a config dataclass; tuples stay tuples."""
+    return dataclasses.asdict(config)
+
+
+def to_json(config: schema.Config) -> str:
+    return json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n"
+
+
+def freeze(config: Mapping) -> schema.Config:
+    """Checks a ConfigDict (or the dict of a config.json) and returns the typed config.
+
+    Raises UserError naming the field: unknown name, wrong type, or a value that the dataclass
+    refuses.
+    """
+    plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else dict(config)
+    groups = {}
+    for field in dataclasses.fields(schema.Config):
+        if field.name not in plain:
+            continue
+        value = plain.pop(field.name)
+        cls = field.type
+        if field.name in _BY_NAME:
+            name = value.get("name", "") if isinstance(value, Mapping) else ""
+            cls = _BY_NAME[field.name].get(name, field=f"{field.name}.name")
+        groups[field.name] = _build(cls, value, field.name)
+    for name in plain:
+        known = [field.name for field in dataclasses.fields(schema.Config)]
+        raise UserError(f"config has no group {name!r}{did_you_mean(name, known)}")
+    return schema.Config(**groups)
+
+
+def _build(cls: type, value: Any, path: str):
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path}: expected a group of fields, got {value!r}")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    kwargs = {}
+    for name, entry in value.items():
+        if name not in fields:
+            raise UserError(f"{path}.{name}: no such field{did_you_mean(name, fields)}")
+        kwargs[name] = _coerce(hints[name], entry, f"{path}.{name}")
+    return cls(**kwargs)
+
+
+def _coerce(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, path)
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, str) or not isinstance(value, (tuple, list)):
+            value = (value,)
+        (item, *_) = typing.get_args(hint)
+        return tuple(_coerce(item, entry, f"{path}[{i}]") for i, entry in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{path}: expected {hint.__name__}, got {value!r}")
+    return value

@@ -1,0 +1,116 @@
+"""Finds a config by path or short name, applies command-line overrides, checks it."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from moejax.config.convert import freeze
+from moejax.config.schema import Config
+from moejax.errors import UserError, did_you_mean
+
+
+def config_folder() -> Path:
+    """The folder of the shipped configs: inside the wheel, or at the root of a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "_configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def short_names() -> dict[str, Path]:
+    """``{"quickstart": .../quickstart.py, "mot": .../papers/mot.py, ...}``."""
+    folder = config_folder()
+    files = sorted(folder.glob("*.py")) + sorted((folder / "papers").glob("*.py"))
+    return {file.stem: file for file in files if not file.stem.startswith("_")}
+
+
+def resolve(spec: str) -> tuple[Path, str]:
+    """``FILE[:arg]`` or ``NAME[:arg]`` -> (path, arg). UserError if there is no such config."""
+    name, _, arg = spec.partition(":")
+    if not name:
+        raise UserError("--config: give a file or a short name, e.g. --config quickstart")
+    if name.endswith(".py"):
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(f"--config: no file {name!r}")
+        return path, arg
+    names = short_names()
+    if name not in names:
+        raise UserError(f"--config: no config {name!r}{did_you_mean(name, names)}")
+    return names[name], arg
+
+
+def config_module(path: Path):
+    """The module of a config file (its docstring, ``ARGS`` and ``get_config``)."""
+    spec = importlib.util.spec_from_file_location(f"moejax_config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config: {path} defines no get_config(arg='')")
+    return module
+
+
+def load_config_dict(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
+    """The locked ConfigDict of ``spec`` with ``--config.a.b=v`` overrides applied."""
+    path, arg = resolve(spec)
+    module = config_module(path)
+    args = getattr(module, "ARGS", ("",))
+    if arg and arg not in args:
+        raise UserError(f"--config {spec}: no argument {arg!r}{did_you_mean(arg, args)}")
+    config = module.get_config(arg)
+    if not config.about.name:
+        config.about.name = f"{path.stem}_{arg}" if arg else path.stem
+    values = flags.FlagValues()
+    argv = ["moejax", *(_normalised(override, config) for override in overrides)]
+    config_flags.DEFINE_config_dict(
+        "config", config, lock_config=True, flag_values=values, sys_argv=argv
+    )
+    try:
+        values(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    return config
+
+
+def _normalised(override: str, config: ml_collections.ConfigDict) -> str:
+    """``a.b=v``, ``config.a.b=v`` or ``--config.a.b=v`` -> ``--config.a.b=v``, names checked."""
+    key, equals, value = override.lstrip("-").partition("=")
+    key = key.removeprefix("config.")
+    if not equals:
+        raise UserError(f"--config.{key}: write --config.{key}=VALUE")
+    node = config
+    path = []
+    for part in key.split("."):
+        if not isinstance(node, ml_collections.ConfigDict) or part not in node:
+            known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
+            where = ".".join(path) or "config"
+            raise UserError(f"--config.{key}: {where} has no field {part!r}"
+                            f"{did_you_mean(part, known)}")
+        path.append(part)
+        node = node[part]
+    if isinstance(node, ml_collections.ConfigDict):
+        raise UserError(f"--config.{key}: is a group; set one of {', '.join(node)}")
+    return f"--config.{key}={value}"
+
+
+def load_config(spec: str, overrides: Sequence[str] | dict = ()) -> Config:
+    """The checked config of a file or short name.
+
+    Args:
+      spec: ``"quickstart"``, ``"mot:7b"``, ``"path/to/file.py:arg"``.
+      overrides: ``{"train.steps": 10}`` or ``["train.steps=10"]``.
+
+    Raises:
+      UserError: unknown config, argument or field, or a value that is refused.
+    """
+    if isinstance(overrides, dict):
+        overrides = [f"{key}={_flag_text(value)}" for key, value in overrides.items()]
+    return freeze(load_config_dict(spec, overrides))
+
+
+def _flag_text(value) -> str:
+    return repr(tuple(value)) if isinstance(value, (tuple, list)) else str(value)

@@ -1,0 +1,360 @@
+"""The typed form of an experiment config: frozen dataclasses, checked once, used everywhere.
+
+A config file returns an ``ml_collections.ConfigDict`` (easy to write and to override from the
+command line); :func:`moejax.config.convert.freeze` turns it into :class:`Config`. ``model`` and
+``objective`` hold the dataclass that is registered under their ``name``.
+"""
+
+import dataclasses
+from typing import Any
+
+from moejax.config.registry import Registry
+from moejax.errors import UserError
+
+MODEL_CONFIGS: Registry[type] = Registry("model")
+OBJECTIVE_CONFIGS: Registry[type] = Registry("objective")
+
+
+def require(condition: bool, field: str, message: str) -> None:
+    """UserError ``"field: message"`` unless ``condition``."""
+    if not condition:
+        raise UserError(f"{field}: {message}")
+
+
+def require_one_of(value: str, choices: tuple[str, ...], field: str) -> None:
+    require(value in choices, field, f"{value!r} is none of {', '.join(choices)}")
+
+
+def require_positive(config: Any, group: str, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{group}.{name}", f"must be positive, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class UntieConfig:
+    """Which parameters each modality has of its own (True) or shares with the others (False)."""
+
+    qkv: bool = False
+    out: bool = False
+    ffn: bool = False
+    norms: bool = False
+    final_norm: bool = False
+
+
+@MODEL_CONFIGS.register("decoder")
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Early-fusion decoder over one sequence of text, image, ... tokens (models/decoder.py)."""
+
+    name: str = "decoder"
+    modalities: tuple[str, ...] = ("text", "image")
+    vocab_size: int = 5112
+    num_layers: int = 4
+    d_model: int = 128
+    num_heads: int = 4
+    # 0 means "as many as num_heads" and "d_model / num_heads".
+    num_kv_heads: int = 0
+    head_size: int = 0
+    # SwiGLU hidden width: one number for all modalities, or one for each.
+    ffn_hidden: tuple[int, ...] = (384,)
+    untie: UntieConfig = dataclasses.field(default_factory=UntieConfig)
+    # Kinds of block, cycled over the depth; first/last blocks stand outside of the cycle.
+    block_pattern: tuple[str, ...] = ("untied",)
+    first_blocks: tuple[str, ...] = ()
+    last_blocks: tuple[str, ...] = ()
+    norm_placement: str = "post_branch"
+    norm_eps: float = 1e-5
+    qk_norm: str = "rms"
+    rope_theta: float = 10_000.0
+    dropout: float = 0.0
+    tie_embeddings: bool = False
+    dtype: str = "float32"
+    remat: str = "none"
+    unroll: bool = False
+    kernel_backend: str = "auto"
+
+    def __post_init__(self):
+        sizes = ("vocab_size", "num_layers", "d_model", "num_heads", "rope_theta", "norm_eps")
+        require_positive(self, "model", sizes)
+        require(len(self.modalities) > 0, "model.modalities", "name at least one modality")
+        require(
+            len(set(self.modalities)) == len(self.modalities),
+            "model.modalities",
+            f"names a modality twice: {self.modalities}",
+        )
+        require(
+            len(self.ffn_hidden) in (1, len(self.modalities)),
+            "model.ffn_hidden",
+            f"give one width or one for each of {len(self.modalities)} modalities, "
+            f"got {len(self.ffn_hidden)}",
+        )
+        require(min(self.ffn_hidden) > 0, "model.ffn_hidden", "widths must be positive")
+        require(
+            len(set(self.ffn_hidden)) == 1 or self.untie.ffn,
+            "model.ffn_hidden",
+            "different widths need model.untie.ffn=True",
+        )
+        require(self.num_kv_heads >= 0, "model.num_kv_heads", "must not be negative")
+        require(
+            self.num_heads % self.kv_heads == 0,
+            "model.num_kv_heads",
+            f"{self.kv_heads} does not divide model.num_heads={self.num_heads}",
+        )
+        require(
+            self.head_size > 0 or self.d_model % self.num_heads == 0,
+            "model.num_heads",
+            f"{self.num_heads} does not divide model.d_model={self.d_model} "
+            "(or set model.head_size)",
+        )
+        require(self.head_dim % 2 == 0, "model.head_size", "RoPE needs an even head size")
+        require(0 <= self.dropout < 1, "model.dropout", f"must be in [0, 1), got {self.dropout}")
+        require(len(self.block_pattern) > 0, "model.block_pattern", "name at least one block")
+        require(
+            len(self.first_blocks) + len(self.last_blocks) <= self.num_layers,
+            "model.first_blocks",
+            f"first and last blocks are more than model.num_layers={self.num_layers}",
+        )
+        require_one_of(self.norm_placement, ("post_branch", "pre"), "model.norm_placement")
+        require_one_of(self.qk_norm, ("none", "rms", "layer"), "model.qk_norm")
+        require_one_of(self.dtype, ("float32", "bfloat16", "float64"), "model.dtype")
+        require_one_of(self.remat, ("none", "dots", "full"), "model.remat")
+        require_one_of(
+            self.kernel_backend, ("auto", "reference", "xla"), "model.kernel_backend"
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.head_size or self.d_model // self.num_heads
+
+    def block_kinds(self) -> tuple[str, ...]:
+        """The kind of each of the ``num_layers`` blocks, in order."""
+        middle = self.num_layers - len(self.first_blocks) - len(self.last_blocks)
+        period = self.block_pattern
+        cycled = tuple(period[i % len(period)] for i in range(middle))
+        return self.first_blocks + cycled + self.last_blocks
+
+
+@MODEL_CONFIGS.register("fsq_autoencoder")
+@dataclasses.dataclass(frozen=True)
+class FSQAutoencoderConfig:
+    """Image <-> grid of discrete codes by finite scalar quantisation (models/tokenizer.py)."""
+
+    name: str = "fsq_autoencoder"
+    image_size: int = 32
+    patch_size: int = 4
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+    width: int = 128
+    encoder_blocks: int = 2
+    decoder_blocks: int = 3
+    dtype: str = "float32"
+    # Train on randomly moved, mirrored and recoloured pictures (ops/augment.py).
+    augment: bool = True
+
+    def __post_init__(self):
+        sizes = ("image_size", "patch_size", "width", "encoder_blocks", "decoder_blocks")
+        require_positive(self, "model", sizes)
+        require(
+            self.image_size % self.patch_size == 0,
+            "model.patch_size",
+            f"{self.patch_size} does not divide model.image_size={self.image_size}",
+        )
+        require(len(self.levels) > 0 and min(self.levels) > 1, "model.levels", "need levels >= 2")
+        require_one_of(self.dtype, ("float32", "bfloat16", "float64"), "model.dtype")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    source: str = "builtin:emoji32"
+    # "tokens": packed sequences for a decoder; "images": pictures for an autoencoder.
+    format: str = "tokens"
+    batch_size: int = 8
+    sequence_length: int = 256
+    image_size: int = 32
+    languages: tuple[str, ...] = ("en",)
+    caption: str = "name"
+    text_tokenizer: str = "builtin:bpe4096"
+    image_tokenizer: str = "builtin:fsq"
+    # Which of caption and picture comes first in a sequence.
+    order: str = "random"
+    # Fraction of training records whose caption is left out, for classifier-free guidance.
+    drop_text: float = 0.1
+    seed: int = 0
+    # Batches made ahead of the training step by a thread.
+    prefetch: int = 2
+
+    def __post_init__(self):
+        require_positive(self, "data", ("batch_size", "sequence_length", "image_size"))
+        require_one_of(self.format, ("tokens", "images"), "data.format")
+        require_one_of(self.order, ("random", "text_first", "image_first"), "data.order")
+        require_one_of(self.caption, ("name", "keywords"), "data.caption")
+        require(0 <= self.drop_text <= 1, "data.drop_text", "must be in [0, 1]")
+        require(self.prefetch >= 0, "data.prefetch", "must not be negative")
+        require(len(self.languages) > 0, "data.languages", "name at least one language")
+        require(":" in self.source, "data.source", f"{self.source!r} is not KIND:NAME")
+
+
+@OBJECTIVE_CONFIGS.register("next_token")
+@dataclasses.dataclass(frozen=True)
+class NextTokenConfig:
+    """Next token over interleaved text and image codes (objectives/next_token.py)."""
+
+    name: str = "next_token"
+    z_loss: float = 1e-5
+
+    def __post_init__(self):
+        require(self.z_loss >= 0, "objective.z_loss", "must not be negative")
+
+
+@OBJECTIVE_CONFIGS.register("autoencode")
+@dataclasses.dataclass(frozen=True)
+class AutoencodeConfig:
+    """Reconstruction of pictures (objectives/autoencode.py)."""
+
+    name: str = "autoencode"
+    l1: float = 0.1
+    l2: float = 1.0
+
+    def __post_init__(self):
+        require(min(self.l1, self.l2) >= 0, "objective.l1", "weights must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"
+    warmup_steps: int = 20
+    # Last learning rate as a fraction of the peak, and the share of steps that wsd decays over.
+    final_fraction: float = 0.1
+    decay_fraction: float = 0.2
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    # Parameters whose path matches one of these is not decayed (see train/optim.py).
+    no_decay: tuple[str, ...] = ("norm", "bias", "scale", "router")
+    clip_norm: float = 1.0
+    accumulation_steps: int = 1
+    # 0 keeps no moving average.
+    ema_decay: float = 0.0
+
+    def __post_init__(self):
+        require_positive(self, "optim", ("learning_rate", "eps", "accumulation_steps"))
+        schedules = ("cosine", "linear", "constant", "wsd")
+        require_one_of(self.schedule, schedules, "optim.schedule")
+        for name in ("warmup_steps", "weight_decay", "clip_norm", "final_fraction"):
+            require(getattr(self, name) >= 0, f"optim.{name}", "must not be negative")
+        for name in ("b1", "b2", "ema_decay"):
+            require(0 <= getattr(self, name) < 1, f"optim.{name}", "must be in [0, 1)")
+        require(0 < self.decay_fraction <= 1, "optim.decay_fraction", "must be in (0, 1]")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices on each mesh axis; -1 fills, at most once."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+    sequence: int = 1
+    expert_exchange: str = "auto"
+
+    def axes(self) -> dict[str, int]:
+        names = ("data", "fsdp", "expert", "tensor", "sequence")
+        return {name: getattr(self, name) for name in names}
+
+    def __post_init__(self):
+        for name, size in self.axes().items():
+            require(size == -1 or size > 0, f"mesh.{name}", f"must be positive or -1, got {size}")
+        fills = [f"mesh.{name}" for name, size in self.axes().items() if size == -1]
+        require(len(fills) <= 1, " and ".join(fills), "only one axis can be -1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 200
+    seed: int = 0
+    checkpoint_every: int = 100
+    checkpoint_keep: int = 2
+    # Stop after so many steps in a row whose gradient is not finite.
+    max_skipped: int = 10
+    compilation_cache_dir: str = ""
+    # A jax.profiler trace of profile_steps steps from profile_start on; 0 steps: none.
+    profile_start: int = 10
+    profile_steps: int = 0
+
+    def __post_init__(self):
+        names = ("steps", "checkpoint_every", "checkpoint_keep", "max_skipped")
+        require_positive(self, "train", names)
+        require(self.seed >= 0, "train.seed", "must not be negative")
+        require(self.profile_steps >= 0, "train.profile_steps", "must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    # Steps between evaluations while training; 0 evaluates after the last step only.
+    every: int = 0
+    metrics: tuple[str, ...] = ("likelihood",)
+    split: str = "val"
+    # Batches per evaluation; 0 is the whole split.
+    batches: int = 0
+    # The checkpoint with the lowest value of this metric is kept too; "" keeps the newest only.
+    best_metric: str = ""
+
+    def __post_init__(self):
+        require(self.every >= 0, "eval.every", "must not be negative")
+        require(self.batches >= 0, "eval.batches", "must not be negative")
+        require_one_of(self.split, ("train", "val", "test"), "eval.split")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    every: int = 10
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        require_positive(self, "log", ("every",))
+
+
+@dataclasses.dataclass(frozen=True)
+class AboutConfig:
+    """What a config says of itself; the counts are checked by a test."""
+
+    name: str = ""
+    paper: str = ""
+    family: str = ""
+    total_params: int = 0
+    active_params: int = 0
+    # Fields whose value the sources do not fix.
+    approximate: tuple[str, ...] = ()
+    # pytest node id of the test that fails when the distinguishing option is turned off.
+    mechanism_test: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment. See the fields of each group."""
+
+    model: Any = dataclasses.field(default_factory=DecoderConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    objective: Any = dataclasses.field(default_factory=NextTokenConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    about: AboutConfig = dataclasses.field(default_factory=AboutConfig)
+
+    def __post_init__(self):
+        require(
+            self.data.batch_size % self.optim.accumulation_steps == 0,
+            "optim.accumulation_steps",
+            f"{self.optim.accumulation_steps} does not divide "
+            f"data.batch_size={self.data.batch_size}",
+        )
