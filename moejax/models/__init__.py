@@ -1,0 +1,12 @@
+"""Whole models."""
+
+from moejax.config.schema import Config
+from moejax.models import decoder as _decoder
+from moejax.models.registry import MODELS
+
+__all__ = ["MODELS", "build_model"]
+
+
+def build_model(config: Config):
+    """The Linen module that ``config.model`` describes."""
+    return MODELS.get(config.model.name, field="model.name")(config.model)

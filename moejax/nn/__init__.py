@@ -1,0 +1,1 @@
+"""Linen modules: they hold parameters and call pure functions."""

@@ -1,0 +1,120 @@
+"""Parameters of norms, projections and feed-forward layers, shared or one set per modality.
+
+Every parameter has a leading modality axis: of size M when untied, of size 1 when shared, so a
+dense model's weights become a Mixture-of-Transformers' by repeating them along it.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moejax import axes
+from moejax.config.schema import DecoderConfig
+from moejax.nn.context import Context
+from moejax.ops import norms, untied
+from moejax.parallel.local import run_local
+
+
+def compute_dtype(config: DecoderConfig):
+    return jnp.dtype(config.dtype)
+
+
+def param_dtype(config: DecoderConfig):
+    """Parameters are float32, or float64 when the computation is."""
+    return jnp.promote_types(config.dtype, jnp.float32)
+
+
+def fan_in_normal(in_axes: tuple[int, ...]):
+    """Truncated normal of variance 1 / fan-in, drawn for the whole stack of towers."""
+
+    def init(key, shape, dtype):
+        fan_in = math.prod(shape[axis] for axis in in_axes)
+        # 0.8796 is the standard deviation of a normal truncated at two of its own.
+        unit = jax.random.truncated_normal(key, -2.0, 2.0, shape, dtype) / 0.87962566
+        return unit * fan_in**-0.5
+
+    return init
+
+
+def partitioned(init, *names: str | None):
+    return nn.with_logical_partitioning(init, names)
+
+
+class Norm(nn.Module):
+    """RMS or layer norm with a scale (and no bias), shared or per modality."""
+
+    kind: str
+    eps: float
+    num: int
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, modality_bt: jax.Array) -> jax.Array:
+        """[b, t, ..., d] -> the same shape and dtype."""
+        names = (axes.MODALITY, axes.EMBED if x.ndim == 3 else axes.HEAD_SIZE)
+        shape = (self.num, x.shape[-1])
+        scale_md = self.param(
+            "scale_md", partitioned(nn.initializers.ones, *names), shape, self.param_dtype
+        )
+        normalise = norms.rms_normalise if self.kind == "rms" else norms.layer_normalise
+        scale = norms.select_by_modality(scale_md, modality_bt)
+        scale = scale.reshape(*scale.shape[:2], *(1,) * (x.ndim - 3), x.shape[-1])
+        return (normalise(x, self.eps) * scale).astype(x.dtype)
+
+
+def project(x_btd: jax.Array, w_mdf: jax.Array, ctx: Context, backend: str) -> jax.Array:
+    """``x @ w``, by modality if ``w`` has more than one tower; [b, t, d] -> [b, t, f]."""
+    w_mdf = w_mdf.astype(x_btd.dtype)
+    if w_mdf.shape[0] == 1:
+        return jnp.einsum("btd,df->btf", x_btd, w_mdf[0])
+    return run_local(
+        lambda x, layout, w: untied.untied_linear(x, w, layout, backend),
+        (x_btd, ctx.layout),
+        (w_mdf,),
+    )
+
+
+class SwiGLU(nn.Module):
+    """Feed-forward layer; ``widths`` has one hidden width, or one for each modality."""
+
+    config: DecoderConfig
+    num: int
+    widths: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x_btd: jax.Array, ctx: Context) -> jax.Array:
+        cfg, d = self.config, x_btd.shape[-1]
+
+        def weights(suffix: str, num: int, width: int):
+            wi = self.param(
+                f"wi_mdf{suffix}",
+                partitioned(fan_in_normal((1,)), axes.MODALITY, axes.EMBED, axes.MLP),
+                (num, d, 2 * width),
+                param_dtype(cfg),
+            )
+            wo = self.param(
+                f"wo_mfd{suffix}",
+                partitioned(fan_in_normal((1,)), axes.MODALITY, axes.MLP, axes.EMBED),
+                (num, width, d),
+                param_dtype(cfg),
+            )
+            return wi.astype(x_btd.dtype), wo.astype(x_btd.dtype)
+
+        if len(set(self.widths)) > 1:
+            towers = zip(cfg.modalities, self.widths, strict=True)
+            stacks = [weights(f"_{name}", 1, width) for name, width in towers]
+        else:
+            stacks = [weights("", self.num, self.widths[0])]
+        wi, wo = tuple(zip(*stacks, strict=True))
+        if self.num == 1:
+            hidden = untied.swiglu(jnp.einsum("btd,df->btf", x_btd, wi[0][0]))
+            return jnp.einsum("btf,fd->btd", hidden, wo[0][0])
+        return run_local(
+            lambda x, layout, wi, wo: untied.untied_swiglu(
+                x, wi, wo, layout, cfg.kernel_backend
+            ),
+            (x_btd, ctx.layout),
+            (wi, wo),
+        )

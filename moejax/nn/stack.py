@@ -1,0 +1,109 @@
+"""The depth of a model: scans over segments of a repeating period of blocks."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moejax import axes
+from moejax.config.schema import DecoderConfig
+from moejax.nn.block import BLOCKS
+from moejax.nn.context import Context
+
+
+class Segment(NamedTuple):
+    """``repeats`` copies of a period of block kinds, from layer ``first`` on."""
+
+    kinds: tuple[str, ...]
+    repeats: int
+    first: int
+
+
+def segments_of(config: DecoderConfig) -> tuple[Segment, ...]:
+    """The fewest scans that cover the depth: first blocks, whole periods, rest, last blocks."""
+    found: list[Segment] = []
+
+    def add(kinds: tuple[str, ...], repeats: int):
+        first = found[-1].first + len(found[-1].kinds) * found[-1].repeats if found else 0
+        if kinds and repeats:
+            found.append(Segment(kinds, repeats, first))
+
+    def add_runs(kinds: tuple[str, ...]):
+        start = 0
+        for end in range(1, len(kinds) + 1):
+            if end == len(kinds) or kinds[end] != kinds[start]:
+                add((kinds[start],), end - start)
+                start = end
+
+    period = config.block_pattern
+    middle = config.num_layers - len(config.first_blocks) - len(config.last_blocks)
+    add_runs(config.first_blocks)
+    if len(set(period)) == 1:
+        add_runs(period[:1] * middle)
+    else:
+        add(period, middle // len(period))
+        add_runs(period[: middle % len(period)])
+    add_runs(config.last_blocks)
+    return tuple(found)
+
+
+class Period(nn.Module):
+    """One period of blocks; the body that a segment scans over."""
+
+    config: DecoderConfig
+    kinds: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self, x_and_carry, layer_state, layer_index, ctx: Context):
+        x, carry = x_and_carry
+        states, auxes = {}, {}
+        for i, kind in enumerate(self.kinds):
+            name = f"block_{i}"
+            rng = None if ctx.rng is None else jax.random.fold_in(ctx.rng, layer_index + i)
+            block = BLOCKS.get(kind, field="model.block_pattern")(self.config, name)
+            with jax.named_scope(kind):
+                x, carry, states[name], auxes[name] = block(
+                    x, carry, layer_state.get(name, {}), ctx.replace(rng=rng)
+                )
+        if ctx.train:
+            # Training keeps no keys and values; without this the scan would stack them all.
+            states = jax.tree.map(lambda _: None, states)
+        return (x, carry), (states, auxes)
+
+
+_REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Stack(nn.Module):
+    """All layers. ``carry`` starts empty in every segment."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x_btd: jax.Array, layer_state: dict, ctx: Context):
+        """Returns (x, new layer_state, aux); both dicts are keyed by segment, leaves [l, ...]."""
+        new_state, aux = {}, {}
+        body = Period
+        if self.config.remat != "none":
+            policy = _REMAT_POLICIES[self.config.remat]
+            body = nn.remat(Period, policy=policy, prevent_cse=False)
+        for i, segment in enumerate(segments_of(self.config)):
+            name = f"segment_{i}"
+            scan = nn.scan(
+                body,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, 0, nn.broadcast),
+                length=segment.repeats,
+                unroll=segment.repeats if self.config.unroll else 1,
+                metadata_params={nn.PARTITION_NAME: axes.LAYERS},
+            )
+            index = segment.first + jnp.arange(segment.repeats) * len(segment.kinds)
+            (x_btd, _), (new_state[name], aux[name]) = scan(
+                self.config, segment.kinds, name=name
+            )((x_btd, {}), layer_state.get(name, {}), index, ctx)
+        return x_btd, new_state, aux

@@ -1,0 +1,46 @@
+"""Masks, and attention over the whole interleaved sequence."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def causal_mask(segments_bt: Int[Array, "b t"]) -> Bool[Array, "b t t"]:
+    """True where token t may look at token s: not later, same packed segment, not padding."""
+    length = segments_bt.shape[1]
+    not_later = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
+    same = segments_bt[:, :, None] == segments_bt[:, None, :]
+    return not_later[None] & same & (segments_bt > 0)[:, None, :]
+
+
+def cached_mask(
+    segments_bt: Int[Array, "b t"], cached_b: Int[Array, " b"], capacity: int
+) -> Bool[Array, "b t s"]:
+    """Mask over [cache slots, new tokens]: the first ``cached[b]`` slots, then causal.
+
+    For decoding, where every row of the batch is one segment (1) or padding (0).
+    """
+    filled = jnp.arange(capacity)[None, :] < cached_b[:, None]
+    earlier = filled[:, None, :] & (segments_bt > 0)[:, :, None]
+    return jnp.concatenate([earlier, causal_mask(segments_bt)], axis=-1)
+
+
+def attend(
+    q_btnh: Float[Array, "b t n h"],
+    k_bsgh: Float[Array, "b s g h"],
+    v_bsgh: Float[Array, "b s g h"],
+    mask_bts: Bool[Array, "b t s"],
+) -> Float[Array, "b t n h"]:
+    """Softmax attention with grouped queries; n / g queries share a key/value head.
+
+    Logits and softmax in float32 or wider. A token that may look at nothing (padding) gets the
+    mean of all values: finite, and nobody reads it.
+    """
+    b, t, n, h = q_btnh.shape
+    g = k_bsgh.shape[2]
+    wide = jnp.promote_types(q_btnh.dtype, jnp.float32)
+    q = q_btnh.reshape(b, t, g, n // g, h)
+    logits = jnp.einsum("btgnh,bsgh->bgnts", q, k_bsgh, preferred_element_type=wide)
+    logits = jnp.where(mask_bts[:, None, None], logits * h**-0.5, jnp.finfo(wide).min)
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+    weights = (weights / weights.sum(axis=-1, keepdims=True)).astype(v_bsgh.dtype)
+    return jnp.einsum("bgnts,bsgh->btgnh", weights, v_bsgh).reshape(b, t, n, h)
