@@ -167,8 +167,9 @@ class TokenPipeline(_Pipeline):
                 f"{data.sequence_length - room}; give at least {data.sequence_length - room + 1}"
             )
         texts = [source.text_at(index) for index in range(len(source))]
-        self.captions = [ids[:room] for ids in self.tokenizer.encode_batch(texts)]
-        self.truncated = sum(len(ids) >= room for ids in self.captions)
+        captions = self.tokenizer.encode_batch(texts)
+        self.truncated = sum(len(ids) > room for ids in captions)
+        self.captions = [ids[:room] for ids in captions]
         self.codes = image_codes(source, codec)
         marks = data.sequence_length - room
         lengths = [len(ids) + marks for ids in self.captions]

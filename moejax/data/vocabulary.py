@@ -50,7 +50,7 @@ class Vocabulary:
         return tokens[is_image] - self.image_offset
 
     def kind(self, token: int) -> str:
-        """ "special", "text" or "image"."""
+        """Whether it is a special, text or image token: one of these words."""
         if token < self.text_offset:
             return "special"
         return "text" if token < self.image_offset else "image"

@@ -1,6 +1,7 @@
 """Losses as sums and weights, so that they add up over microbatches and devices."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,9 @@ class LossSums:
     ``coefficients`` names the terms that are trained; the others are only logged.
     """
 
-    sums: dict[str, jax.Array]
-    weights: dict[str, jax.Array]
+    # Any, not Array: tree functions rebuild this class with leaves of other kinds.
+    sums: dict[str, Any]
+    weights: dict[str, Any]
     coefficients: tuple[tuple[str, float], ...] = struct.field(pytree_node=False)
 
     def __add__(self, other: "LossSums") -> "LossSums":

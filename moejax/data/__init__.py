@@ -1,0 +1,1 @@
+"""Records, sources and batches; never imports models."""

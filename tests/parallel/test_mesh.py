@@ -1,0 +1,119 @@
+"""Meshes: shapes and refusals; eight simulated devices compute what one does."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax.core import meta
+
+from moejax.config.schema import (
+    Config,
+    DataConfig,
+    DecoderConfig,
+    MeshConfig,
+    NextTokenConfig,
+    OptimConfig,
+    UntieConfig,
+)
+from moejax.errors import UserError
+from moejax.models.decoder import build_decoder
+from moejax.objectives.next_token import next_token
+from moejax.parallel.mesh import batch_sharding, check_mesh, make_mesh, mesh_shape
+from moejax.parallel.rules import state_shardings
+
+UNTIED = UntieConfig(qkv=True, out=True, ffn=True, norms=True, final_norm=True)
+MODEL = DecoderConfig(
+    vocab_size=64,
+    num_layers=2,
+    d_model=32,
+    num_heads=4,
+    ffn_hidden=(48,),
+    untie=UNTIED,
+    dtype="float64",
+)
+
+
+def test_minus_one_takes_the_devices_that_are_left():
+    assert mesh_shape(MeshConfig(data=-1, fsdp=2), 8) == (4, 2, 1, 1, 1)
+    assert mesh_shape(MeshConfig(data=2, fsdp=-1), 8) == (2, 4, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "mesh, optim, message",
+    [
+        ({"data": 3}, {}, "mesh.data=3: makes 3 device"),
+        ({"data": -1, "fsdp": 3}, {}, "mesh.data=-1: the other axes need 3 devices"),
+        ({"data": 1}, {}, "mesh: makes 1 device"),
+        ({"data": -1}, {"accumulation_steps": 2}, "data.batch_size=8 / .*=2: 4 rows do not divide"),
+        ({"data": 4, "tensor": 2}, {}, "mesh.tensor=2: no model shards"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_names_the_field(mesh, optim, message):
+    config = Config(
+        model=MODEL, mesh=MeshConfig(**mesh), optim=OptimConfig(**optim), data=DataConfig()
+    )
+    with pytest.raises(UserError, match=message):
+        check_mesh(config, 8)
+
+
+def test_fsdp_has_to_divide_the_width():
+    model = dataclasses.replace(MODEL, d_model=36, num_heads=2)
+    with pytest.raises(UserError, match="mesh.fsdp=8: does not divide model.d_model=36"):
+        check_mesh(Config(model=model, mesh=MeshConfig(data=1, fsdp=8)), 8)
+
+
+def batch_of(rows=8, length=12):
+    rng = np.random.default_rng(0)
+    ids = lambda: rng.integers(16, 64, (rows, length)).astype(np.int32)  # noqa: E731
+    return {
+        "tokens": ids(),
+        "targets": ids(),
+        # Devices differ in how many tokens of each modality they hold; one holds no image.
+        "modality": (rng.random((rows, length)) < np.linspace(0, 0.9, rows)[:, None]).astype(
+            np.int32
+        ),
+        "segments": np.ones((rows, length), np.int32),
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "weights": (rng.random((rows, length)) < 0.8).astype(np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def gradients_on():
+    """Loss and gradients of one batch, and the parameters' shards, on a mesh."""
+    model, objective = build_decoder(MODEL), next_token(NextTokenConfig(), MODEL)
+
+    def loss(params, batch):
+        outputs = model.apply({"params": params}, batch, train=True)
+        return objective(outputs, batch).total()
+
+    def run(mesh_config, devices):
+        with jax.enable_x64(True):
+            mesh = make_mesh(mesh_config, devices)
+            batch = batch_of()
+            boxed = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+            shardings = state_shardings(mesh, boxed)
+            with jax.set_mesh(mesh):
+                init = jax.jit(
+                    lambda key: meta.unbox(model.init(key, batch)["params"]),
+                    out_shardings=shardings,
+                )
+                params = init(jax.random.key(0))
+                batch = jax.device_put(batch, batch_sharding(mesh))
+                value, gradients = jax.jit(jax.value_and_grad(loss))(params, batch)
+            return float(value), jax.device_get(gradients), params
+
+    return run
+
+
+def test_eight_devices_equal_one(gradients_on):
+    value, gradients, _ = gradients_on(MeshConfig(data=1), jax.devices()[:1])
+    for mesh in (MeshConfig(data=8), MeshConfig(data=2, fsdp=2, expert=2)):
+        other_value, other, params = gradients_on(mesh, jax.devices())
+        assert other_value == pytest.approx(value, rel=1e-12)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), gradients, other
+        )
+        wi = params["stack"]["segment_0"]["block_0"]["ffn"]["wi_mdf"]
+        assert wi.addressable_shards[0].data.size == wi.size // mesh.fsdp
