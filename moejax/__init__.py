@@ -8,17 +8,19 @@ import importlib
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "load_config": "moejax.config.load",
-    "build": "moejax.api",
-    "train": "moejax.api",
-    "load": "moejax.api",
     "UserError": "moejax.errors",
+    "build": "moejax.api",
+    "load": "moejax.api",
+    "load_config": "moejax.config.load",
 }
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = ["__version__", "train", *_EXPORTS]
 
 
 def __getattr__(name: str):
+    if name == "train":
+        # A package that can be called: moejax.train(config, workdir).
+        return importlib.import_module("moejax.train")
     if name in _EXPORTS:
         return getattr(importlib.import_module(_EXPORTS[name]), name)
     raise AttributeError(f"module 'moejax' has no attribute {name!r}")

@@ -1,0 +1,60 @@
+# make quickstart | test | test-all | drill | lint | clean
+# Every target makes the virtual environment that it needs; nothing is installed a second time.
+# Another Python: make test PYTHON=python3.12
+
+PYTHON ?= python3
+PYTAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
+ifeq ($(PYTAG),)
+$(error PYTHON=$(PYTHON) does not run; give a Python of 3.11 or later, e.g. PYTHON=python3.12)
+endif
+
+VENV := .venv/$(PYTAG)
+BIN := $(VENV)/bin
+# The tested versions of that Python; without such a file, the ranges of pyproject.toml.
+CONSTRAINTS := $(wildcard constraints/$(PYTAG).txt)
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet \
+  $(addprefix --constraint ,$(CONSTRAINTS))
+
+QUICKSTART_DIR ?= runs/quickstart
+# More flags for the training, e.g. QUICKSTART_ARGS="--config.train.steps=20"
+QUICKSTART_ARGS ?=
+PYTEST_ARGS ?=
+
+.PHONY: quickstart test test-all drill lint clean
+.DELETE_ON_ERROR:
+
+quickstart: $(VENV)/.installed
+	$(BIN)/moejax train --config quickstart --workdir $(QUICKSTART_DIR) $(QUICKSTART_ARGS)
+	$(BIN)/moejax eval --workdir $(QUICKSTART_DIR)
+	$(BIN)/moejax sample --workdir $(QUICKSTART_DIR)
+	@echo "the picture: $$(ls -t $(QUICKSTART_DIR)/samples/*.png | head -1)"
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -m "not gpu and not tpu" $(PYTEST_ARGS)
+
+drill: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -q -s -m slow tests/train/test_kill_drill.py
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+clean:
+	rm -rf .venv .cache .pytest_cache .ruff_cache build dist
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@echo "installing moejax into $(VENV) ..."
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@echo "installing moejax[$*] into $(VENV) ..."
+	$(INSTALL) --editable ".[$*]"
+	@touch $@ $(VENV)/.installed

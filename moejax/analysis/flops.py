@@ -1,0 +1,144 @@
+"""FLOPs per token from the config alone, and counted from the program that the config makes.
+
+Conventions: a multiply-add is two; every matmul that a token takes part in counts once, those of other
+modalities' towers not at all; logits count, embedding lookups, norms and softmax do not; a backward is
+two forwards. Attention counts the whole square that the program multiplies (as PaLM does, arXiv
+2204.02311 appendix B); its causal half, the convention of some papers, is given beside it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from moejax.analysis.jaxpr_flops import count_flops
+from moejax.analysis.params import abstract_batch, abstract_params
+from moejax.api import build
+from moejax.config import Config, Registry
+from moejax.config.schema import DecoderConfig
+from pallas_kernels.costs import Cost
+
+BACKWARD_AND_FORWARD = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFlops:
+    """Forward FLOPs of one token: matmuls with weights, with keys and values, and logits."""
+
+    weights: float
+    attention: float
+    logits: float
+
+    @property
+    def forward(self) -> float:
+        return self.weights + self.attention + self.logits
+
+    @property
+    def causal(self) -> float:
+        """Forward FLOPs when attention counts only what a causal mask lets through."""
+        return self.weights + self.attention / 2 + self.logits
+
+    @property
+    def training(self) -> float:
+        """Forward and backward, nothing computed twice."""
+        return BACKWARD_AND_FORWARD * self.forward
+
+    def __add__(self, other: "TokenFlops") -> "TokenFlops":
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return TokenFlops(*(a + b for a, b in pairs))
+
+    def scaled(self, factor: float) -> "TokenFlops":
+        return TokenFlops(*(factor * value for value in dataclasses.astuple(self)))
+
+
+# model name -> function(config) -> {modality: TokenFlops}
+MODEL_FLOPS: Registry[Callable[[Config], dict[str, TokenFlops]]] = Registry("FLOPs formula")
+# kind of block -> function(config.model, modality index, sequence length) -> TokenFlops
+BLOCK_FLOPS: Registry[Callable[[DecoderConfig, int, int], TokenFlops]] = Registry("FLOPs formula")
+
+
+def flops_by_modality(config: Config) -> dict[str, TokenFlops] | None:
+    """``{modality: TokenFlops}``, or None where no formula is registered for the model."""
+    if config.model.name not in MODEL_FLOPS:
+        return None
+    return MODEL_FLOPS.get(config.model.name)(config)
+
+
+def token_flops(config: Config) -> TokenFlops | None:
+    """The mean over modalities, each counted alike; None where no formula is registered."""
+    by_modality = flops_by_modality(config)
+    if by_modality is None:
+        return None
+    total = sum(by_modality.values(), TokenFlops(0.0, 0.0, 0.0))
+    return total.scaled(1 / len(by_modality))
+
+
+def flops_per_token(config: Config) -> float:
+    """Forward FLOPs of one token (training: three times that); 0 if no formula is known."""
+    flops = token_flops(config)
+    return flops.forward if flops is not None else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramFlops:
+    """FLOPs of one position of the batch, counted from the jaxprs of the model and its gradient.
+
+    ``training`` counts what is computed again in the backward (``model.remat``).
+    """
+
+    forward: Cost
+    training: Cost
+
+
+def counted_flops(config: Config) -> ProgramFlops:
+    """FLOPs per token (per picture for ``data.format="images"``), by tracing one microbatch."""
+    model, objective = build(config)
+    params, batch = abstract_params(model, config), abstract_batch(config)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+
+    def loss(params: Any, batch: dict, key: jax.Array):
+        outputs = model.apply({"params": params}, batch, train=True, rngs={"dropout": key})
+        return objective(outputs, batch, key).total()
+
+    positions = batch["weights"].size
+    per_position = lambda cost: Cost(cost.nominal / positions, cost.visited / positions)  # noqa: E731
+    return ProgramFlops(
+        forward=per_position(count_flops(loss, params, batch, key)),
+        training=per_position(count_flops(jax.grad(loss), params, batch, key)),
+    )
+
+
+@MODEL_FLOPS.register("decoder")
+def decoder_flops(config: Config) -> dict[str, TokenFlops] | None:
+    """Blocks and logits; None if a kind of block has no formula."""
+    model, length = config.model, config.data.sequence_length
+    kinds = model.block_kinds()
+    if any(kind not in BLOCK_FLOPS for kind in kinds):
+        return None
+    logits = TokenFlops(0.0, 0.0, 2.0 * model.d_model * model.vocab_size)
+    return {
+        name: sum((BLOCK_FLOPS.get(kind)(model, index, length) for kind in kinds), logits)
+        for index, name in enumerate(model.modalities)
+    }
+
+
+@BLOCK_FLOPS.register("untied")
+def untied_block_flops(model: DecoderConfig, modality: int, length: int) -> TokenFlops:
+    """A transformer block; untied weights cost what shared ones do."""
+    width = model.ffn_hidden[modality % len(model.ffn_hidden)]
+    return _transformer_block(model, width, length)
+
+
+@BLOCK_FLOPS.register("dense")
+def dense_block_flops(model: DecoderConfig, modality: int, length: int) -> TokenFlops:
+    """A transformer block with everything shared: the widest feed-forward layer for all."""
+    return _transformer_block(model, max(model.ffn_hidden), length)
+
+
+def _transformer_block(model: DecoderConfig, width: int, length: int) -> TokenFlops:
+    d, h = model.d_model, model.head_dim
+    projections = d * (model.num_heads + 2 * model.kv_heads) * h + model.num_heads * h * d
+    swiglu = 3 * d * width
+    # Each query meets `length` keys, then as many values.
+    return TokenFlops(2.0 * (projections + swiglu), 4.0 * length * model.num_heads * h, 0.0)

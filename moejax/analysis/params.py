@@ -1,0 +1,193 @@
+"""Parameters: total, active for one token, of each modality, and their bytes on each device."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+
+from moejax import axes
+from moejax.config import Config
+from moejax.parallel.mesh import check_mesh
+from moejax.parallel.rules import state_shardings
+from moejax.train.optim import make_optimizer
+
+SHARED = "shared"
+# A parameter of this size that every device of a sharded mesh holds whole is worth a warning.
+LARGE = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamRow:
+    """One parameter.
+
+    Attributes:
+      name: its path, ``"stack/segment_0/block_0/ffn/wi_mdf"``.
+      shape: its shape, layers stacked in front.
+      axes: logical axis names.
+      spec: the mesh axes that split each axis, None for a whole axis.
+      size: how many numbers it holds.
+      owners: how many of them belong to each modality, or to ``"shared"``.
+      bytes_per_device: of its shard.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str | None, ...]
+    spec: tuple[Any, ...]
+    size: int
+    owners: dict[str, int]
+    bytes_per_device: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamTable:
+    """All parameters of a model on a mesh.
+
+    Attributes:
+      rows: one for each parameter.
+      mesh: size of each mesh axis.
+      total: numbers in all parameters.
+      active: those that one token meets, of the modality that meets the most.
+      per_modality: how many belong to each modality alone, and to ``"shared"``; sums to ``total``.
+      bytes_per_device: of the parameters.
+      state_bytes_per_device: of parameters, optimizer state and moving average.
+    """
+
+    rows: tuple[ParamRow, ...]
+    mesh: dict[str, int]
+    total: int
+    active: int
+    per_modality: dict[str, int]
+    bytes_per_device: int
+    state_bytes_per_device: int
+
+    def large_replicated(self) -> list[str]:
+        """Names of parameters over 1 MiB that are whole on each device of a sharded mesh."""
+        if all(size == 1 for name, size in self.mesh.items() if name != "data"):
+            return []
+        return [row.name for row in self.rows if not any(row.spec) and row.bytes_per_device > LARGE]
+
+
+def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of one microbatch."""
+    data = config.data
+    rows = data.batch_size // config.optim.accumulation_steps
+    if data.format == "images":
+        size = (rows, data.image_size, data.image_size, 3)
+        return {
+            "images": jax.ShapeDtypeStruct(size, jnp.uint8),
+            "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
+            "index": jax.ShapeDtypeStruct((rows,), jnp.int32),
+        }
+    names = ("tokens", "modality", "segments", "positions", "targets")
+    shape = (rows, data.sequence_length)
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
+    return {**batch, "weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+
+
+def boxed_params(model, config: Config) -> Any:
+    """The parameters by shape evaluation, boxed with the logical names of their axes."""
+
+    def init(key, batch):
+        return model.init({"params": key, "dropout": key}, batch, train=False)["params"]
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(init, key, abstract_batch(config))
+
+
+def abstract_params(model, config: Config) -> Any:
+    """The parameters by shape evaluation, without boxes."""
+    return meta.unbox(boxed_params(model, config))
+
+
+def param_table(model, config: Config) -> ParamTable:
+    """Counts, specs and bytes, by shape evaluation; the devices of the mesh need not exist.
+
+    Raises:
+      UserError: the mesh of the config divides neither batch nor model.
+    """
+    mesh = abstract_mesh(config)
+    boxed = boxed_params(model, config)
+    modalities = getattr(config.model, "modalities", ())
+    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=_is_box)
+    shardings = jax.tree.leaves(state_shardings(mesh, boxed))
+    rows = tuple(
+        _row(path, leaf, sharding, modalities)
+        for (path, leaf), sharding in zip(leaves, shardings, strict=True)
+    )
+    owned = {name: sum(row.owners.get(name, 0) for row in rows) for name in (SHARED, *modalities)}
+    towers = [size for name, size in owned.items() if name != SHARED]
+    # The boxes are pytree nodes, so the optimizer's moments keep the names of their parameter.
+    optimizer_state = jax.eval_shape(make_optimizer(config, boxed).transform.init, boxed)
+    averages = boxed if config.optim.ema_decay > 0 else {}
+    return ParamTable(
+        rows=rows,
+        mesh=dict(mesh.shape),
+        total=sum(row.size for row in rows),
+        active=owned[SHARED] + max(towers, default=0),
+        per_modality=owned,
+        bytes_per_device=sum(row.bytes_per_device for row in rows),
+        state_bytes_per_device=sum(
+            _shard_bytes(leaf, sharding)
+            for tree in (boxed, optimizer_state, averages)
+            for leaf, sharding in zip(
+                jax.tree.leaves(meta.unbox(tree)),
+                jax.tree.leaves(state_shardings(mesh, tree)),
+                strict=True,
+            )
+        ),
+    )
+
+
+def abstract_mesh(config: Config) -> AbstractMesh:
+    """The mesh of the config; an axis of -1 takes the devices at hand that the others leave."""
+    sizes = config.mesh.axes()
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    fill = max(1, jax.device_count() // fixed) if -1 in sizes.values() else 1
+    shape = check_mesh(config, fixed * fill)
+    return AbstractMesh(shape, axes.MESH_AXES, axis_types=(AxisType.Auto,) * len(axes.MESH_AXES))
+
+
+def _is_box(leaf: Any) -> bool:
+    return isinstance(leaf, meta.AxisMetadata)
+
+
+def _row(path, leaf: Any, sharding: NamedSharding, modalities: tuple[str, ...]) -> ParamRow:
+    value = meta.unbox(leaf)
+    names = tuple(leaf.names) if isinstance(leaf, meta.AxisMetadata) else (None,) * value.ndim
+    spec = tuple(sharding.spec)
+    path = [getattr(key, "key", None) for key in path]
+    name = "/".join(key for key in path if isinstance(key, str))
+    return ParamRow(
+        name=name,
+        shape=value.shape,
+        dtype=value.dtype.name,
+        axes=names,
+        spec=spec + (None,) * (value.ndim - len(spec)),
+        size=math.prod(value.shape),
+        owners=_owners(name, value.shape, names, modalities),
+        bytes_per_device=_shard_bytes(value, sharding),
+    )
+
+
+def _owners(name: str, shape, names, modalities: tuple[str, ...]) -> dict[str, int]:
+    """Splits a parameter by its modality axis, or by a name that ends in ``_<modality>``."""
+    size = math.prod(shape)
+    if axes.MODALITY in names:
+        towers = shape[names.index(axes.MODALITY)]
+        if towers == len(modalities) > 1:
+            return {modality: size // towers for modality in modalities}
+        # Towers of unequal width are parameters of their own.
+        for modality in modalities:
+            if name.endswith(f"_{modality}"):
+                return {modality: size}
+    return {SHARED: size}
+
+
+def _shard_bytes(leaf: Any, sharding: NamedSharding) -> int:
+    return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize

@@ -1,0 +1,106 @@
+"""FLOPs from the config against FLOPs counted from the program."""
+
+import pytest
+
+from moejax.analysis.flops import (
+    TokenFlops,
+    counted_flops,
+    flops_by_modality,
+    flops_per_token,
+    token_flops,
+)
+from moejax.config import load_config
+from moejax.nn.block import BLOCKS, dense_block
+
+SMALL = {"data.batch_size": 2, "data.sequence_length": 64}
+UNTIED = {f"model.untie.{name}": True for name in ("qkv", "out", "ffn", "norms", "final_norm")}
+
+
+def test_formula_by_hand():
+    config = load_config(
+        "chameleon",
+        {
+            "model.d_model": 8,
+            "model.num_layers": 3,
+            "model.num_heads": 4,
+            "model.num_kv_heads": 2,
+            "model.head_size": 6,
+            "model.ffn_hidden": (10,),
+            "model.vocab_size": 50,
+            "data.sequence_length": 7,
+        },
+    )
+    # Per layer: queries 24, keys and values 12 each, output back to 8; three matrices of SwiGLU.
+    weights = 8 * (24 + 12 + 12) + 24 * 8 + 3 * 8 * 10
+    expected = TokenFlops(3 * 2.0 * weights, 3 * 2.0 * 2 * 7 * 24, 2.0 * 8 * 50)
+    assert token_flops(config) == expected
+    assert flops_per_token(config) == expected.forward
+    assert expected.training == 3 * expected.forward
+    assert expected.forward - expected.causal == expected.attention / 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        UNTIED,
+        {"model.num_kv_heads": 1, "model.block_pattern": ("untied", "dense"), **UNTIED},
+        {"model.unroll": True, "model.tie_embeddings": True},
+    ],
+    ids=["dense", "mot", "mixed", "unrolled"],
+)
+def test_program_does_what_the_formula_says(overrides):
+    config = load_config("chameleon", {**SMALL, **overrides})
+    formula, counted = token_flops(config), counted_flops(config)
+    assert formula is not None
+    assert counted.forward.nominal == pytest.approx(formula.forward, rel=1e-9)
+    assert counted.training.nominal == pytest.approx(formula.training, rel=1e-9)
+
+
+def test_mot_costs_what_dense_does():
+    """Of 2,048 tokens: the same nominal FLOPs, and within 4% with the worst case of padding."""
+    sizes = {"data.batch_size": 8, "data.sequence_length": 256}
+    mot = counted_flops(load_config("mot", sizes))
+    dense = counted_flops(load_config("chameleon", sizes))
+    assert mot.training.nominal == pytest.approx(dense.training.nominal, rel=1e-9)
+    assert dense.training.visited == dense.training.nominal
+    assert mot.training.visited <= 1.04 * dense.training.visited
+
+
+def test_remat_counts_the_second_forward():
+    plain = counted_flops(load_config("mot", SMALL))
+    remat = counted_flops(load_config("mot", {**SMALL, "model.remat": "full"}))
+    assert remat.forward.nominal == plain.forward.nominal
+    formula = token_flops(load_config("mot", SMALL))
+    # All that a block multiplies but its last product, whose output the backward does not need.
+    again = remat.training.nominal - plain.training.nominal
+    assert 0.5 * (formula.weights + formula.attention) < again
+    assert again <= formula.weights + formula.attention
+
+
+def test_towers_of_unequal_width():
+    config = load_config("mot", {**SMALL, "model.ffn_hidden": (256, 512)})
+    text, image = flops_by_modality(config).values()
+    layers, d = config.model.num_layers, config.model.d_model
+    assert image.forward - text.forward == layers * 2 * 3 * d * 256
+    # The program does not know how many tokens are of which modality; the formula takes halves.
+    counted, formula = counted_flops(config), token_flops(config)
+    assert counted.training.nominal == pytest.approx(formula.training, rel=1e-9)
+
+
+def test_a_block_without_a_formula_is_counted_all_the_same(monkeypatch):
+    monkeypatch.setitem(BLOCKS._entries, "no_formula", dense_block)
+    config = load_config("chameleon", {**SMALL, "model.block_pattern": ("no_formula",)})
+    assert token_flops(config) is None
+    assert flops_per_token(config) == 0
+    plain = counted_flops(load_config("chameleon", SMALL))
+    assert counted_flops(config).training == plain.training
+
+
+def test_pictures_count_per_picture():
+    config = load_config("tokenizer_fsq", {"data.batch_size": 2})
+    assert token_flops(config) is None
+    one = counted_flops(config).training
+    more = counted_flops(load_config("tokenizer_fsq", {"data.batch_size": 4})).training
+    assert one.nominal == pytest.approx(more.nominal)
+    assert one.nominal > 0

@@ -1,0 +1,28 @@
+"""What every test runs under: 8 simulated CPU devices, checked shapes, no silent broadcasting.
+
+A test that starts a process of its own inherits these environment variables; it takes XLA_FLAGS out
+of the environment where it needs the one device of a laptop.
+"""
+
+import os
+from pathlib import Path
+
+# Before the first import of jax: it reads these once.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+_FLAG = "--xla_force_host_platform_device_count=8"
+if "device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAG}".strip()
+_CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import jax  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# The annotations of the pure packages are checked at each call, in tests only.
+_HOOK = install_import_hook(
+    ["moejax.ops", "moejax.objectives", "pallas_kernels"], "beartype.beartype"
+)
+
+# (3,) + (2, 3) is an error: a missing axis must be written out.
+jax.config.update("jax_numpy_rank_promotion", "raise")
