@@ -1,7 +1,7 @@
 """Puts ``configs/`` into the wheel as ``moejax/_configs``.
 
-A plain ``force-include`` would also copy it beside an editable install, where the copy goes stale and
-leaves a second folder called ``moejax`` in site-packages.
+A plain ``force-include`` would also copy it beside an editable install, where the copy goes stale
+and leaves a second folder called ``moejax`` in site-packages.
 """
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface

@@ -1,12 +1,14 @@
 """What each kernel costs, for programs whose loops have data-dependent lengths.
 
 A kernel runs inside a ``jax.jit`` whose name is a key of ``COSTS``; the FLOP counter looks the
-name up instead of guessing the trip count of the loop inside.
+name up instead of guessing the trip count of the loop inside. The name holds the shapes, because
+partial evaluation (of a scanned layer, say) gives the call other operands than it was made with.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+
+import jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,5 +19,12 @@ class Cost:
     visited: float
 
 
-# name of the jit -> function (input avals, output avals) -> Cost
-COSTS: dict[str, Callable[[Sequence[Any], Sequence[Any]], Cost]] = {}
+# name of the jit -> what one call of it costs
+COSTS: dict[str, Cost] = {}
+
+
+def costed_jit(function: Callable, name: str, cost: Cost) -> Callable:
+    """``jax.jit(function)`` under ``name``, with its cost on record."""
+    COSTS[name] = cost
+    function.__name__ = name
+    return jax.jit(function)

@@ -1,9 +1,9 @@
 """FLOPs per token from the config alone, and counted from the program that the config makes.
 
-Conventions: a multiply-add is two; every matmul that a token takes part in counts once, those of other
-modalities' towers not at all; logits count, embedding lookups, norms and softmax do not; a backward is
-two forwards. Attention counts the whole square that the program multiplies (as PaLM does, arXiv
-2204.02311 appendix B); its causal half, the convention of some papers, is given beside it.
+Conventions: a multiply-add is two; every matmul that a token takes part in counts once, those of
+other modalities' towers not at all; logits count, embedding lookups, norms and softmax do not; a
+backward is two forwards. Attention counts the whole square that the program multiplies (as PaLM
+does, arXiv 2204.02311 appendix B); its causal half, another convention, is given beside it.
 """
 
 import dataclasses
@@ -14,9 +14,10 @@ import jax
 
 from moejax.analysis.jaxpr_flops import count_flops
 from moejax.analysis.params import abstract_batch, abstract_params
-from moejax.api import build
 from moejax.config import Config, Registry
 from moejax.config.schema import DecoderConfig
+from moejax.models import build_model
+from moejax.objectives import build_objective
 from pallas_kernels.costs import Cost
 
 BACKWARD_AND_FORWARD = 3
@@ -52,10 +53,10 @@ class TokenFlops:
         return TokenFlops(*(factor * value for value in dataclasses.astuple(self)))
 
 
-# model name -> function(config) -> {modality: TokenFlops}
-MODEL_FLOPS: Registry[Callable[[Config], dict[str, TokenFlops]]] = Registry("FLOPs formula")
+# model name -> function(config) -> {modality: TokenFlops}, or None if it cannot tell
+MODEL_FLOPS: Registry[Callable[[Config], dict[str, TokenFlops] | None]] = Registry("formula")
 # kind of block -> function(config.model, modality index, sequence length) -> TokenFlops
-BLOCK_FLOPS: Registry[Callable[[DecoderConfig, int, int], TokenFlops]] = Registry("FLOPs formula")
+BLOCK_FLOPS: Registry[Callable[[DecoderConfig, int, int], TokenFlops]] = Registry("formula")
 
 
 def flops_by_modality(config: Config) -> dict[str, TokenFlops] | None:
@@ -93,7 +94,7 @@ class ProgramFlops:
 
 def counted_flops(config: Config) -> ProgramFlops:
     """FLOPs per token (per picture for ``data.format="images"``), by tracing one microbatch."""
-    model, objective = build(config)
+    model, objective = build_model(config), build_objective(config)
     params, batch = abstract_params(model, config), abstract_batch(config)
     key = jax.eval_shape(lambda: jax.random.key(0))
 

@@ -1,9 +1,9 @@
 """FLOPs of a program, counted from its jaxpr.
 
-XLA's own count sees the body of a scan once and believes whatever a kernel claims; here a body counts
-as often as it runs, and a kernel by the tiles that it visits (:mod:`pallas_kernels.costs`). Only
-contractions are counted (dot, ragged dot, convolution), a multiply-add as two: what is left is a
-percent or two, and is not what a matrix unit is measured by.
+XLA's own count sees the body of a scan once and believes whatever a kernel claims; here a body
+counts as often as it runs, and a kernel by the tiles that it visits (:mod:`pallas_kernels.costs`).
+Only contractions are counted (dot, ragged dot, convolution), a multiply-add as two: what is left is
+a percent or two, and is not what a matrix unit is measured by.
 """
 
 import math
@@ -62,8 +62,8 @@ def _count_eqn(eqn: core.JaxprEqn) -> Cost:
     if name in ("while", "pallas_call") and _sum(inner).visited:
         what = "a while loop of unknown length" if name == "while" else "a kernel"
         raise UncountableError(
-            f"{_source(eqn)}: {what} holds a contraction; run it inside a jax.jit whose name has an "
-            "entry in pallas_kernels.costs.COSTS"
+            f"{_source(eqn)}: {what} holds a contraction; run it inside a jax.jit whose name has "
+            "an entry in pallas_kernels.costs.COSTS"
         )
     return _sum(inner, _times(eqn))
 
@@ -102,13 +102,17 @@ def _times(eqn: core.JaxprEqn) -> int:
     return 1
 
 
+def _shape(var: Any) -> tuple[int, ...]:
+    return var.aval.shape
+
+
 def _both(flops: float) -> Cost:
     return Cost(float(flops), float(flops))
 
 
 def _dot(eqn: core.JaxprEqn) -> Cost:
     (contracting, _), _ = eqn.params["dimension_numbers"]
-    lhs, out = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    lhs, out = _shape(eqn.invars[0]), _shape(eqn.outvars[0])
     return _both(2 * math.prod(out) * math.prod(lhs[axis] for axis in contracting))
 
 
@@ -116,7 +120,7 @@ def _ragged_dot(eqn: core.JaxprEqn) -> Cost:
     """Each row of the ragged axis meets the weight of its own group only, whichever axis it is."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     (_, contracting), (_, batch) = numbers.dot_dimension_numbers
-    lhs, rhs = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape
+    lhs, rhs = _shape(eqn.invars[0]), _shape(eqn.invars[1])
     known = {*contracting, *batch, *numbers.rhs_group_dimensions}
     return _both(
         2 * math.prod(lhs) * math.prod(n for axis, n in enumerate(rhs) if axis not in known)
@@ -125,7 +129,7 @@ def _ragged_dot(eqn: core.JaxprEqn) -> Cost:
 
 def _conv(eqn: core.JaxprEqn) -> Cost:
     numbers = eqn.params["dimension_numbers"]
-    kernel, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+    kernel, out = _shape(eqn.invars[1]), _shape(eqn.outvars[0])
     # All axes of the kernel but its output features meet each output entry; padding counts as data.
     per_output = math.prod(n for axis, n in enumerate(kernel) if axis != numbers.rhs_spec[0])
     visited = 2.0 * math.prod(out) * per_output

@@ -1,8 +1,8 @@
 """Argument parsing shared by every command: ``--config``, overrides, ``--import``, ``--json``.
 
 A command builds its parser with :func:`command_parser`, adds flags of its own, and calls
-``parser.parse(argv)``. The namespace then holds ``config``, ``overrides``, ``workdir``, ``json`` and
-``imports`` beside them. Nothing here imports jax, so that a misspelt flag answers at once.
+``parser.parse(argv)``. The namespace then holds ``config``, ``overrides``, ``workdir``, ``json``
+and ``imports`` beside them. Nothing here imports jax, so a misspelt flag answers at once.
 """
 
 import argparse

@@ -6,11 +6,13 @@ one tile per group. The number of visits depends on the data; only the loop's bo
 shapes stay static. Autodiff never sees the loop: the op has a ``custom_vjp``.
 """
 
-import jax
+import functools
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.costs import COSTS, Cost
+from pallas_kernels.costs import Cost, costed_jit
 from pallas_kernels.grouped_matmul.reference import row_groups
 from pallas_kernels.varying import cast_to_common_varying
 
@@ -19,8 +21,8 @@ _MIN_TILE = 16
 
 
 def tile_rows(num_rows: int, num_groups: int) -> int:
-    """Rows per tile: as large as keeps the worst-case padding near an eighth of the rows."""
-    limit = max(num_rows // (8 * num_groups), _MIN_TILE)
+    """Rows per tile: as large as keeps the worst-case padding under a sixteenth of the rows."""
+    limit = max(num_rows // (16 * num_groups), _MIN_TILE)
     return min(_MAX_TILE, 1 << (limit.bit_length() - 1))
 
 
@@ -139,51 +141,75 @@ def _ragged_matmul_t(x_td, y_tf, group_sizes, *, group_offset, num_local, out_dt
     return out[1:].astype(out_dtype)
 
 
-def moejax_grouped_matmul(x_td, w_edf, group_sizes, **options):
+def grouped_matmul(x_td, w_edf, group_sizes, *, group_offset, transpose_rhs, out_dtype):
     """``out[r] = x[r] @ w[group(r) - group_offset]``, zero for rows of other groups."""
-    return lax.platform_dependent(
-        x_td,
-        w_edf,
-        group_sizes,
-        cpu=lambda *args: _loop_matmul(*args, **options),
-        default=lambda *args: _ragged_matmul(*args, **options),
-    )
+    inner, outer = w_edf.shape[1:] if not transpose_rhs else w_edf.shape[:0:-1]
+    shape = _Shape(x_td.shape[0], inner, outer, w_edf.shape[0], group_sizes.shape[0])
+    run = _matmul_program(shape, group_offset, transpose_rhs, out_dtype)
+    return run(x_td, w_edf, group_sizes)
 
 
-def moejax_grouped_matmul_t(x_td, y_tf, group_sizes, **options):
+def grouped_matmul_t(x_td, y_tf, group_sizes, *, group_offset, num_local, out_dtype):
     """``out[e] = x[rows of e].T @ y[rows of e]``, exactly zero for empty groups."""
-    return lax.platform_dependent(
-        x_td,
-        y_tf,
-        group_sizes,
-        cpu=lambda *args: _loop_matmul_t(*args, **options),
-        default=lambda *args: _ragged_matmul_t(*args, **options),
-    )
+    shape = _Shape(*x_td.shape, y_tf.shape[1], num_local, group_sizes.shape[0])
+    return _matmul_t_program(shape, group_offset, out_dtype)(x_td, y_tf, group_sizes)
 
 
-grouped_matmul = jax.jit(
-    moejax_grouped_matmul, static_argnames=("group_offset", "transpose_rhs", "out_dtype")
-)
-grouped_matmul_t = jax.jit(
-    moejax_grouped_matmul_t, static_argnames=("group_offset", "num_local", "out_dtype")
-)
+class _Shape(NamedTuple):
+    rows: int
+    inner: int
+    outer: int
+    num_local: int
+    num_groups: int
+
+    def name(self, kernel: str) -> str:
+        sizes = f"{self.rows}x{self.inner}x{self.outer}"
+        return f"moejax_{kernel}_{sizes}_{self.num_local}of{self.num_groups}"
+
+    def cost(self) -> Cost:
+        """With a part of the groups, nominal is their share of evenly filled groups."""
+        per_row = 2.0 * self.inner * self.outer
+        return Cost(
+            nominal=per_row * self.rows * self.num_local / self.num_groups,
+            visited=per_row * worst_case_rows(self.rows, self.num_local),
+        )
 
 
-def _matmul_cost(in_avals, out_avals) -> Cost:
-    rows, inner = in_avals[0].shape
-    return _cost(rows, inner, out_avals[0].shape[1], in_avals[1].shape[0], in_avals[2].shape[0])
+@functools.cache
+def _matmul_program(shape: _Shape, group_offset: int, transpose_rhs: bool, out_dtype: str):
+    options = {
+        "group_offset": group_offset,
+        "transpose_rhs": transpose_rhs,
+        "out_dtype": out_dtype,
+    }
+
+    def run(x_td, w_edf, group_sizes):
+        return lax.platform_dependent(
+            x_td,
+            w_edf,
+            group_sizes,
+            cpu=functools.partial(_loop_matmul, **options),
+            default=functools.partial(_ragged_matmul, **options),
+        )
+
+    return costed_jit(run, shape.name("grouped_matmul"), shape.cost())
 
 
-def _matmul_t_cost(in_avals, out_avals) -> Cost:
-    num_local, inner, outer = out_avals[0].shape
-    return _cost(in_avals[0].shape[0], inner, outer, num_local, in_avals[2].shape[0])
+@functools.cache
+def _matmul_t_program(shape: _Shape, group_offset: int, out_dtype: str):
+    options = {
+        "group_offset": group_offset,
+        "num_local": shape.num_local,
+        "out_dtype": out_dtype,
+    }
 
+    def run(x_td, y_tf, group_sizes):
+        return lax.platform_dependent(
+            x_td,
+            y_tf,
+            group_sizes,
+            cpu=functools.partial(_loop_matmul_t, **options),
+            default=functools.partial(_ragged_matmul_t, **options),
+        )
 
-def _cost(rows: int, inner: int, outer: int, num_local: int, num_groups: int) -> Cost:
-    """With a part of the groups, nominal is their share of evenly filled groups."""
-    nominal = 2.0 * rows * inner * outer * num_local / num_groups
-    return Cost(nominal, 2.0 * worst_case_rows(rows, num_local) * inner * outer)
-
-
-COSTS["moejax_grouped_matmul"] = _matmul_cost
-COSTS["moejax_grouped_matmul_t"] = _matmul_t_cost
+    return costed_jit(run, shape.name("grouped_matmul_t"), shape.cost())

@@ -58,13 +58,13 @@ def test_program_does_what_the_formula_says(overrides):
 
 
 def test_mot_costs_what_dense_does():
-    """Of 2,048 tokens: the same nominal FLOPs, and within 4% with the worst case of padding."""
+    """Of 2,048 tokens: the same nominal FLOPs, and within 3% with the worst case of padding."""
     sizes = {"data.batch_size": 8, "data.sequence_length": 256}
     mot = counted_flops(load_config("mot", sizes))
     dense = counted_flops(load_config("chameleon", sizes))
     assert mot.training.nominal == pytest.approx(dense.training.nominal, rel=1e-9)
     assert dense.training.visited == dense.training.nominal
-    assert mot.training.visited <= 1.04 * dense.training.visited
+    assert mot.training.visited <= 1.03 * dense.training.visited
 
 
 def test_remat_counts_the_second_forward():

@@ -1,0 +1,137 @@
+"""``moejax sample``: pictures and captions from a checkpoint of a run."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moejax.cli.common import command_parser, print_json, workdir_config
+from moejax.errors import UserError, did_you_mean
+
+MODES = ("all", "text2image", "image2text", "unconditional")
+# What each data.order trains a model to write.
+_TRAINED = {
+    "text_first": ("text2image", "unconditional"),
+    "image_first": ("image2text", "unconditional"),
+    "random": ("text2image", "image2text", "unconditional"),
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Runs the command and returns its exit code."""
+    parser = command_parser(
+        "sample",
+        "Sample from a checkpoint: pictures of captions, captions of pictures, pictures without a\n"
+        "caption. Writes MODE.png, .txt and .json into WORKDIR/samples/step_N, with the nearest\n"
+        "training picture and its distance beside each new one.",
+        config=False,
+    )
+    parser.add_argument("--mode", help=f"one of {', '.join(MODES)} (default: all)")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a caption of your own for text2image; can be given several times",
+    )
+    parser.add_argument("--n", type=int, default=16, help="samples per mode (default: 16)")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="keep so many likeliest tokens (default: 0, all)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="keep this much probability (default: 0.95)"
+    )
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        default=2.0,
+        help="weight of the caption in text2image; 1 is the model alone (default: 2)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument(
+        "--split", choices=("train", "val", "test"), help="of captions and pictures to start from "
+        "(default: eval.split)",
+    )
+    parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
+    args = parser.parse(argv)
+    modes = _modes(args)
+    config = workdir_config(args.workdir)
+
+    from moejax.generate.api import check_can_sample, sampler_of
+    from moejax.generate.samples import Request, sample_mode, write_outcome
+    from moejax.generate.sampling import Sampling, check_sampling
+    from moejax.train.load import load
+
+    check_can_sample(config)
+    sampling = check_sampling(Sampling(args.temperature, args.top_k, args.top_p, args.guidance))
+    modes = modes or _TRAINED[config.data.order]
+    split = args.split or config.eval.split
+    settings = {name: getattr(args, name) for name in _SETTINGS}
+    # With --json stdout carries the document alone, whatever a library prints.
+    aside = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
+    with aside:
+        loaded = load(args.workdir, args.step)
+        folder = Path(args.workdir) / "samples" / f"step_{loaded.step}"
+        about = {"run": str(args.workdir), "step": loaded.step, "split": split, **settings}
+        written = {}
+        with _Bar(len(modes) * args.n) as bar:
+            request = Request(
+                sampler=sampler_of(loaded),
+                data=config.data,
+                split=split,
+                prompts=args.prompt,
+                count=args.n,
+                sampling=sampling,
+                seed=args.seed,
+                progress=bar.update,
+            )
+            for mode in modes:
+                bar.set_description(mode)
+                outcome = sample_mode(mode, request)
+                paths = write_outcome(outcome, folder, about)
+                written[mode] = outcome, paths
+                bar.write(_line(outcome, paths))
+    if args.json:
+        print_json(
+            {
+                **about,
+                "modes": {
+                    mode: {
+                        **outcome.summary,
+                        "files": {kind: str(path) for kind, path in paths.items()},
+                        "rows": outcome.rows,
+                    }
+                    for mode, (outcome, paths) in written.items()
+                },
+            }
+        )
+    return 0
+
+
+def _modes(args: argparse.Namespace) -> tuple[str, ...]:
+    """The modes asked for; empty for all that the run was trained for.
+
+    Raises:
+      UserError: for whatever can be seen to be wrong before anything is loaded.
+    """
+    if not args.workdir:
+        raise UserError("--workdir: name the folder of a run, e.g. --workdir runs/quickstart")
+    if args.mode is not None and args.mode not in MODES:
+        raise UserError(f"--mode: no mode {args.mode!r}{did_you_mean(args.mode, MODES)}")
+    if args.prompt and args.mode not in (None, "text2image"):
+        raise UserError(f"--prompt: goes with --mode text2image, not with --mode {args.mode}")
+    if not all(prompt.strip() for prompt in args.prompt):
+        raise UserError(
+            "--prompt: is empty; --mode unconditional makes pictures without a caption"
+        )
+    if args.n < 1:
+        raise UserError(f"--n: must be positive, got {args.n}")
+    if args.seed < 0:
+        raise UserError(f"--seed: must not be negative, got {args.seed}")
+    if args.prompt:
+        return ("text2image",)
+    return () if args.mode in (None, "all") else (args.mode,)
