@@ -358,3 +358,13 @@ class Config:
             f"{self.optim.accumulation_steps} does not divide "
             f"data.batch_size={self.data.batch_size}",
         )
+        require(
+            self.data.format != "tokens" or hasattr(self.model, "modalities"),
+            "data.format",
+            f"model {self.model.name!r} reads no token sequences; use data.format=images",
+        )
+        require(
+            self.data.format == "tokens" or self.objective.name != "next_token",
+            "data.format",
+            f"objective 'next_token' needs tokens, got {self.data.format!r}",
+        )

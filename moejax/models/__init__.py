@@ -2,6 +2,7 @@
 
 from moejax.config.schema import Config
 from moejax.models import decoder as _decoder
+from moejax.models import tokenizer as _tokenizer
 from moejax.models.registry import MODELS
 
 __all__ = ["MODELS", "build_model"]

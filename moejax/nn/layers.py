@@ -5,6 +5,8 @@ dense model's weights become a Mixture-of-Transformers' by repeating them along 
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -38,7 +40,8 @@ def fan_in_normal(in_axes: tuple[int, ...]):
     return init
 
 
-def partitioned(init, *names: str | None):
+def partitioned(init: Callable, *names: str | None) -> Callable[..., Any]:
+    """``init`` with the logical names of the parameter's axes on what it returns."""
     return nn.with_logical_partitioning(init, names)
 
 

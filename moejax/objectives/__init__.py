@@ -1,6 +1,7 @@
 """Objectives: (outputs, batch, rng) -> LossSums."""
 
 from moejax.config.schema import Config
+from moejax.objectives import autoencode as _autoencode
 from moejax.objectives import next_token as _next_token
 from moejax.objectives.base import OBJECTIVES, LossSums
 

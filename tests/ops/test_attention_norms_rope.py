@@ -1,0 +1,104 @@
+"""Norms, RoPE, masks and attention against their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.ops.attention import attend, cached_mask, causal_mask
+from moejax.ops.norms import layer_normalise, rms_normalise, select_by_modality
+from moejax.ops.rope import apply_rope
+from moejax.ops.untied import modality_layout, permute_rows
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def test_norms_have_unit_scale():
+    x = 3 + 2 * normal(0, 4, 50)
+    np.testing.assert_allclose(jnp.square(rms_normalise(x, 0.0)).mean(axis=-1), 1, rtol=1e-5)
+    centred = layer_normalise(x, 0.0)
+    np.testing.assert_allclose(centred.mean(axis=-1), 0, atol=1e-6)
+    np.testing.assert_allclose(centred.std(axis=-1), 1, rtol=1e-5)
+    assert rms_normalise(x.astype(jnp.bfloat16), 0.0).dtype == jnp.float32
+
+
+def test_scales_by_modality_and_their_gradient():
+    table, modality = normal(0, 3, 5), jnp.array([[0, 2, 2], [1, 0, 2]])
+    chosen = select_by_modality(table, modality)
+    np.testing.assert_array_equal(chosen, table[modality])
+    cotangent = normal(1, 2, 3, 5)
+    gradient = jax.grad(lambda t: (select_by_modality(t, modality) * cotangent).sum())(table)
+    expected = np.zeros((3, 5))
+    np.add.at(expected, np.asarray(modality), np.asarray(cotangent))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5)
+
+
+def test_rope_turns_products_into_functions_of_the_distance():
+    q, k = normal(0, 1, 1, 1, 8), normal(1, 1, 1, 1, 8)
+
+    def product(i, j):
+        at = lambda x, p: apply_rope(x, jnp.array([[p]]), 10_000.0)  # noqa: E731
+        return float((at(q, i) * at(k, j)).sum())
+
+    assert product(7, 3) == pytest.approx(product(104, 100), rel=1e-4)
+    assert product(7, 3) != pytest.approx(product(7, 4), rel=1e-2)
+    np.testing.assert_array_equal(apply_rope(q, jnp.array([[0]]), 10_000.0), q)
+
+
+def test_causal_mask_by_hand():
+    mask = causal_mask(jnp.array([[1, 1, 2, 2, 0]]))[0].astype(int)
+    expected = [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0],
+    ]
+    np.testing.assert_array_equal(mask, expected)
+
+
+def test_cached_mask_by_hand():
+    mask = cached_mask(jnp.array([[1, 1], [1, 0]]), jnp.array([2, 0]), 3).astype(int)
+    np.testing.assert_array_equal(mask[0], [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]])
+    np.testing.assert_array_equal(mask[1], [[0, 0, 0, 1, 0], [0, 0, 0, 0, 0]])
+
+
+def test_attention_with_grouped_queries_by_loops():
+    q, k, v = normal(0, 2, 5, 4, 8), normal(1, 2, 6, 2, 8), normal(2, 2, 6, 2, 8)
+    mask = jnp.arange(6)[None, None] <= jnp.arange(5)[None, :, None] + jnp.zeros((2, 1, 1))
+    got = attend(q, k, v, mask)
+    for b in range(2):
+        for t in range(5):
+            for n in range(4):
+                seen = slice(0, t + 1)
+                logits = np.asarray(k[b, seen, n // 2]) @ np.asarray(q[b, t, n]) / np.sqrt(8)
+                weights = np.exp(logits - logits.max())
+                expected = weights / weights.sum() @ np.asarray(v[b, seen, n // 2])
+                np.testing.assert_allclose(got[b, t, n], expected, atol=1e-5)
+
+
+def test_a_token_that_sees_nothing_stays_finite_in_value_and_gradient():
+    q = normal(0, 1, 3, 2, 4)
+    mask = jnp.zeros((1, 3, 3), bool)
+    value, gradient = jax.value_and_grad(lambda q: attend(q, q, q, mask).sum())(q)
+    assert np.isfinite(value) and np.isfinite(gradient).all()
+
+
+def test_layout_sorts_stably_and_counts():
+    modality = jnp.array([[1, 0, 2, 1], [0, 0, 2, 1]])
+    layout = modality_layout(modality, 3)
+    np.testing.assert_array_equal(layout.order[0], [1, 4, 5, 0, 3, 7, 2, 6])
+    np.testing.assert_array_equal(layout.order[0][layout.inverse[0]], np.arange(8))
+    np.testing.assert_array_equal(layout.group_sizes[0], [3, 3, 2])
+
+
+def test_permutation_gradient_is_a_gather():
+    """Exact, and without the scatter that autodiff of an indexed read would make."""
+    order = jnp.array([3, 0, 2, 1])
+    inverse = jnp.argsort(order)
+    x, cotangent = normal(0, 4, 2), normal(1, 4, 2)
+    loss = lambda x: (permute_rows(x, order, inverse) * cotangent).sum()  # noqa: E731
+    np.testing.assert_array_equal(jax.grad(loss)(x), cotangent[inverse])
+    assert "scatter" not in str(jax.make_jaxpr(jax.grad(loss))(x))
