@@ -3,9 +3,15 @@
 # Another Python: make test PYTHON=python3.12
 
 PYTHON ?= python3
-PYTAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
+TAG := -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null
+PYTAG := $(shell $(PYTHON) $(TAG))
 ifeq ($(PYTAG),)
-$(error PYTHON=$(PYTHON) does not run; give a Python of 3.11 or later, e.g. PYTHON=python3.12)
+# pyenv's `python3.12` only runs where that version is activated; look where it is installed.
+override PYTHON := $(lastword $(sort $(wildcard ~/.pyenv/versions/*/bin/$(PYTHON))))
+PYTAG := $(shell test -n "$(PYTHON)" && $(PYTHON) $(TAG))
+endif
+ifeq ($(PYTAG),)
+$(error PYTHON does not run; give a Python of 3.11 or later, e.g. make test PYTHON=python3.12)
 endif
 
 VENV := .venv/$(PYTAG)
@@ -16,8 +22,9 @@ INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet \
   $(addprefix --constraint ,$(CONSTRAINTS))
 
 QUICKSTART_DIR ?= runs/quickstart
-# More flags for the training, e.g. QUICKSTART_ARGS="--config.train.steps=20"
+# More flags for the training and for the samples, e.g. QUICKSTART_ARGS="--config.train.steps=20"
 QUICKSTART_ARGS ?=
+SAMPLE_ARGS ?=
 PYTEST_ARGS ?=
 
 .PHONY: quickstart test test-all drill lint clean
@@ -26,8 +33,8 @@ PYTEST_ARGS ?=
 quickstart: $(VENV)/.installed
 	$(BIN)/moejax train --config quickstart --workdir $(QUICKSTART_DIR) $(QUICKSTART_ARGS)
 	$(BIN)/moejax eval --workdir $(QUICKSTART_DIR)
-	$(BIN)/moejax sample --workdir $(QUICKSTART_DIR)
-	@echo "the picture: $$(ls -t $(QUICKSTART_DIR)/samples/*.png | head -1)"
+	$(BIN)/moejax sample --workdir $(QUICKSTART_DIR) $(SAMPLE_ARGS)
+	@echo "the picture: $$(ls -t $(QUICKSTART_DIR)/samples/*/text2image.png | head -1)"
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)

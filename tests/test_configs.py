@@ -57,6 +57,7 @@ def test_approximate_names_fields(config):
 
 def test_mechanism_test_exists(config):
     """Its distinguishing option has a test of its own."""
+    assert config.about.mechanism_test, "name the test in config.about.mechanism_test"
     file, _, function = config.about.mechanism_test.partition("::")
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}

@@ -47,7 +47,8 @@ def get_config(arg=""):
     config.about.mechanism_test = "tests/papers/test_chameleon.py::test_all_weights_are_shared"
     if arg in ("", "small"):
         model.d_model, model.num_layers, model.num_heads = 128, 4, 4
-        data.batch_size, config.train.steps = 8, 300
+        # Rows of four records each, as in ``quickstart``.
+        data.batch_size, data.sequence_length, config.train.steps = 8, 304, 300
         total = 2_358_656
     else:
         size = SIZES[arg]

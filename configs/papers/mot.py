@@ -49,7 +49,8 @@ def get_config(arg=""):
     config.about.mechanism_test = "tests/papers/test_mot.py::test_modalities_have_own_weights"
     if arg in ("", "small"):
         model.d_model, model.num_layers, model.num_heads = 128, 4, 4
-        data.batch_size, config.train.steps = 8, 300
+        # Rows of four records each, as in ``quickstart``.
+        data.batch_size, data.sequence_length, config.train.steps = 8, 304, 300
         total, active = 3_408_640, 2_358_656
     else:
         size = SIZES[arg]

@@ -103,7 +103,7 @@ def counted_flops(config: Config) -> ProgramFlops:
         return objective(outputs, batch, key).total()
 
     positions = batch["weights"].size
-    per_position = lambda cost: Cost(cost.nominal / positions, cost.visited / positions)  # noqa: E731
+    per_position = lambda cost: Cost(cost.nominal / positions, cost.visited / positions)
     return ProgramFlops(
         forward=per_position(count_flops(loss, params, batch, key)),
         training=per_position(count_flops(jax.grad(loss), params, batch, key)),

@@ -16,8 +16,10 @@ _BY_NAME = {"model": schema.MODEL_CONFIGS, "objective": schema.OBJECTIVE_CONFIGS
 
 def default_config(model: str = "decoder", objective: str = "next_token"):
     """A ConfigDict with every field at its default, to be changed by a config file."""
+    made = schema.MODEL_CONFIGS.get(model, field="model.name")()
     config = schema.Config(
-        model=schema.MODEL_CONFIGS.get(model, field="model.name")(),
+        model=made,
+        data=schema.DataConfig(format="tokens" if hasattr(made, "modalities") else "images"),
         objective=schema.OBJECTIVE_CONFIGS.get(objective, field="objective.name")(),
     )
     return ml_collections.ConfigDict(to_dict(config))
@@ -32,7 +34,7 @@ def to_json(config: schema.Config) -> str:
     return json.dumps(to_dict(config), indent=2, sort_keys=True) + "\n"
 
 
-def freeze(config: Mapping) -> schema.Config:
+def freeze(config: Mapping | ml_collections.ConfigDict) -> schema.Config:
     """Checks a ConfigDict (or the dict of a config.json) and returns the typed config.
 
     Raises UserError naming the field: unknown name, wrong type, or a value that the dataclass
@@ -44,7 +46,7 @@ def freeze(config: Mapping) -> schema.Config:
         if field.name not in plain:
             continue
         value = plain.pop(field.name)
-        cls = field.type
+        cls: Any = field.type
         if field.name in _BY_NAME:
             name = value.get("name", "") if isinstance(value, Mapping) else ""
             cls = _BY_NAME[field.name].get(name, field=f"{field.name}.name")

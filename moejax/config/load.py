@@ -60,7 +60,9 @@ def load_config_dict(spec: str, overrides: Sequence[str] = ()) -> ml_collections
     module = config_module(path)
     args = getattr(module, "ARGS", ("",))
     if arg and arg not in args:
-        raise UserError(f"--config {spec}: no argument {arg!r}{did_you_mean(arg, args)}")
+        raise UserError(
+            f"--config {spec}: no argument {arg!r}{did_you_mean(arg, filter(None, args))}"
+        )
     config = module.get_config(arg)
     if not config.about.name:
         config.about.name = f"{path.stem}_{arg}" if arg else path.stem
@@ -88,8 +90,9 @@ def _normalised(override: str, config: ml_collections.ConfigDict) -> str:
         if not isinstance(node, ml_collections.ConfigDict) or part not in node:
             known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
             where = ".".join(path) or "config"
-            raise UserError(f"--config.{key}: {where} has no field {part!r}"
-                            f"{did_you_mean(part, known)}")
+            raise UserError(
+                f"--config.{key}: {where} has no field {part!r}{did_you_mean(part, known)}"
+            )
         path.append(part)
         node = node[part]
     if isinstance(node, ml_collections.ConfigDict):

@@ -119,9 +119,7 @@ class DecoderConfig:
         require_one_of(self.qk_norm, ("none", "rms", "layer"), "model.qk_norm")
         require_one_of(self.dtype, ("float32", "bfloat16", "float64"), "model.dtype")
         require_one_of(self.remat, ("none", "dots", "full"), "model.remat")
-        require_one_of(
-            self.kernel_backend, ("auto", "reference", "xla"), "model.kernel_backend"
-        )
+        require_one_of(self.kernel_backend, ("auto", "reference", "xla"), "model.kernel_backend")
 
     @property
     def kv_heads(self) -> int:

@@ -211,7 +211,7 @@ class TokenPipeline(_Pipeline):
         epoch, records = self.plan.items(index)
         image_first, drop = self._draws(epoch)
         length = self.config.data.sequence_length
-        row = {
+        row: Batch = {
             name: np.zeros(length, np.int32)
             for name in ("tokens", "modality", "segments", "positions", "targets")
         }
@@ -220,7 +220,7 @@ class TokenPipeline(_Pipeline):
         row["weights"] = np.zeros(length, np.float32)
         start = 0
         for segment, record in enumerate(records, 1):
-            tokens = self.item(record, image_first[record], drop[record])
+            tokens = self.item(int(record), bool(image_first[record]), bool(drop[record]))
             here = slice(start, start + len(tokens))
             row["tokens"][here] = tokens
             is_image = tokens >= self.vocabulary.image_offset
@@ -265,6 +265,6 @@ class ImagePipeline(_Pipeline):
         (record,) = self.row_records(index)
         return {
             "images": self.source[record]["image"],
-            "index": np.int32(record),
-            "weights": np.float32(1),
+            "index": np.asarray(record, np.int32),
+            "weights": np.asarray(1, np.float32),
         }

@@ -36,9 +36,7 @@ class Attention(nn.Module):
         b, t, d = x_btd.shape
         qkv_mdnh = self.param(
             "qkv_mdnh",
-            partitioned(
-                fan_in_normal((1,)), axes.MODALITY, axes.EMBED, axes.HEADS, axes.HEAD_SIZE
-            ),
+            partitioned(fan_in_normal((1,)), axes.MODALITY, axes.EMBED, axes.HEADS, axes.HEAD_SIZE),
             (num if self.untie.qkv else 1, d, n + 2 * g, h),
             param_dtype(cfg),
         )

@@ -75,7 +75,5 @@ def untied_block(config: DecoderConfig, name: str) -> nn.Module:
 @BLOCKS.register("dense")
 def dense_block(config: DecoderConfig, name: str) -> nn.Module:
     """The block with everything shared, whatever ``model.untie`` says."""
-    shared = dataclasses.replace(
-        config, ffn_hidden=(max(config.ffn_hidden),), untie=UntieConfig()
-    )
+    shared = dataclasses.replace(config, ffn_hidden=(max(config.ffn_hidden),), untie=UntieConfig())
     return TransformerBlock(shared, UntieConfig(), name=name)

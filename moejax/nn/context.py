@@ -6,8 +6,7 @@ from flax import struct
 from moejax.ops.untied import ModalityLayout
 
 
-@struct.dataclass
-class Context:
+class Context(struct.PyTreeNode):
     """Read-only inputs of a block; the same for all layers.
 
     ``mask_bts`` is [b, t, s]: over the sequence itself in training, over [cache, new tokens] when

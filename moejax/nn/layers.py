@@ -115,9 +115,7 @@ class SwiGLU(nn.Module):
             hidden = untied.swiglu(jnp.einsum("btd,df->btf", x_btd, wi[0][0]))
             return jnp.einsum("btf,fd->btd", hidden, wo[0][0])
         return run_local(
-            lambda x, layout, wi, wo: untied.untied_swiglu(
-                x, wi, wo, layout, cfg.kernel_backend
-            ),
+            lambda x, layout, wi, wo: untied.untied_swiglu(x, wi, wo, layout, cfg.kernel_backend),
             (x_btd, ctx.layout),
             (wi, wo),
         )

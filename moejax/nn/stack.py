@@ -1,6 +1,6 @@
 """The depth of a model: scans over segments of a repeating period of blocks."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -87,6 +87,8 @@ class Stack(nn.Module):
     def __call__(self, x_btd: jax.Array, layer_state: dict, ctx: Context):
         """Returns (x, new layer_state, aux); both dicts are keyed by segment, leaves [l, ...]."""
         new_state, aux = {}, {}
+        # Layer state and index are sliced, the context is not; Linen's annotation says "int".
+        in_axes: Any = (0, 0, nn.broadcast)
         body = Period
         if self.config.remat != "none":
             policy = _REMAT_POLICIES[self.config.remat]
@@ -97,13 +99,13 @@ class Stack(nn.Module):
                 body,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, 0, nn.broadcast),
+                in_axes=in_axes,
                 length=segment.repeats,
                 unroll=segment.repeats if self.config.unroll else 1,
                 metadata_params={nn.PARTITION_NAME: axes.LAYERS},
             )
             index = segment.first + jnp.arange(segment.repeats) * len(segment.kinds)
-            (x_btd, _), (new_state[name], aux[name]) = scan(
-                self.config, segment.kinds, name=name
-            )((x_btd, {}), layer_state.get(name, {}), index, ctx)
+            (x_btd, _), (new_state[name], aux[name]) = scan(self.config, segment.kinds, name=name)(
+                (x_btd, {}), layer_state.get(name, {}), index, ctx
+            )
         return x_btd, new_state, aux

@@ -58,9 +58,7 @@ def _rows(x_btd, layout: ModalityLayout):
 
 
 def _tokens(rows_td, layout: ModalityLayout, shape):
-    tokens = permute_rows(
-        *cast_to_common_varying(rows_td, layout.inverse[0], layout.order[0])
-    )
+    tokens = permute_rows(*cast_to_common_varying(rows_td, layout.inverse[0], layout.order[0]))
     return tokens.reshape(*shape[:-1], rows_td.shape[-1])
 
 
@@ -92,9 +90,7 @@ def untied_swiglu(
     rows, sizes = _rows(x_btd, layout), layout.group_sizes[0]
     out = jnp.zeros_like(rows)
     for offset, (wi_mdf, wo_mfd) in enumerate(zip(wi, wo, strict=True)):
-        hidden = swiglu(
-            grouped_matmul(rows, wi_mdf, sizes, group_offset=offset, backend=backend)
-        )
+        hidden = swiglu(grouped_matmul(rows, wi_mdf, sizes, group_offset=offset, backend=backend))
         out += grouped_matmul(hidden, wo_mfd, sizes, group_offset=offset, backend=backend)
     return _tokens(out, layout, x_btd.shape)
 

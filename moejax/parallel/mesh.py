@@ -54,9 +54,7 @@ def check_mesh(config: Config, device_count: int) -> tuple[int, ...]:
         )
     width = getattr(config.model, "d_model", None)
     if width is not None and width % sizes["fsdp"]:
-        raise UserError(
-            f"mesh.fsdp={sizes['fsdp']}: does not divide model.d_model={width}"
-        )
+        raise UserError(f"mesh.fsdp={sizes['fsdp']}: does not divide model.d_model={width}")
     return shape
 
 

@@ -34,7 +34,7 @@ def state_shardings(mesh: Mesh, abstract):
     """
 
     def one(leaf):
-        names = leaf.names if isinstance(leaf, meta.AxisMetadata) else ()
+        names = getattr(leaf, "names", ())
         return NamedSharding(mesh, spec(tuple(names)))
 
     return jax.tree.map(one, abstract, is_leaf=lambda leaf: isinstance(leaf, meta.AxisMetadata))

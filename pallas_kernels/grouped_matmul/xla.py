@@ -151,7 +151,8 @@ def grouped_matmul(x_td, w_edf, group_sizes, *, group_offset, transpose_rhs, out
 
 def grouped_matmul_t(x_td, y_tf, group_sizes, *, group_offset, num_local, out_dtype):
     """``out[e] = x[rows of e].T @ y[rows of e]``, exactly zero for empty groups."""
-    shape = _Shape(*x_td.shape, y_tf.shape[1], num_local, group_sizes.shape[0])
+    rows, inner = x_td.shape
+    shape = _Shape(rows, inner, y_tf.shape[1], num_local, group_sizes.shape[0])
     return _matmul_t_program(shape, group_offset, out_dtype)(x_td, y_tf, group_sizes)
 
 

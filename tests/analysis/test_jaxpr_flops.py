@@ -28,7 +28,7 @@ MATMUL = 2 * 6 * 4 * 5
 
 def test_dot_and_batched_einsum():
     assert nominal(jnp.dot, X, W) == MATMUL
-    attend = lambda q, k: jnp.einsum("btnh,bsnh->bnts", q, k)  # noqa: E731
+    attend = lambda q, k: jnp.einsum("btnh,bsnh->bnts", q, k)
     assert nominal(attend, spec(2, 3, 4, 8), spec(2, 7, 4, 8)) == 2 * 2 * 4 * 3 * 7 * 8
 
 
@@ -41,9 +41,9 @@ def test_elementwise_gather_and_scatter_count_nothing():
 
 def test_scan_counts_its_body_once_for_each_step():
     square = spec(4, 4)
-    scan = lambda x, w: lax.scan(lambda c, _: (c @ w, None), x, None, length=7)[0]  # noqa: E731
+    scan = lambda x, w: lax.scan(lambda c, _: (c @ w, None), x, None, length=7)[0]
     assert nominal(scan, X, square) == 7 * 2 * 6 * 4 * 4
-    nested = lambda x, w: lax.fori_loop(0, 3, lambda _, c: scan(c, w), x)  # noqa: E731
+    nested = lambda x, w: lax.fori_loop(0, 3, lambda _, c: scan(c, w), x)
     assert nominal(nested, X, square) == 3 * 7 * 2 * 6 * 4 * 4
 
 
@@ -106,7 +106,7 @@ def test_ragged_dot_and_both_its_gradients():
     sizes = spec(3, dtype=jnp.int32)
     w_edf = spec(3, 4, 5)
     assert nominal(lax.ragged_dot, X, w_edf, sizes) == MATMUL
-    loss = lambda x, w, s: lax.ragged_dot(x, w, s).sum()  # noqa: E731
+    loss = lambda x, w, s: lax.ragged_dot(x, w, s).sum()
     assert nominal(jax.grad(loss, argnums=(0, 1)), X, w_edf, sizes) == 3 * MATMUL
 
 
@@ -157,7 +157,7 @@ def test_uncountable_loops_and_kernels_name_their_source():
 
 
 def test_while_loop_without_contraction_is_free():
-    count = lambda x: lax.while_loop(lambda c: c.sum() < 3, lambda c: c + 1, x)  # noqa: E731
+    count = lambda x: lax.while_loop(lambda c: c.sum() < 3, lambda c: c + 1, x)
     assert nominal(count, X) == 0
 
 

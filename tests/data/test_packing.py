@@ -47,7 +47,7 @@ def test_a_bin_is_a_function_of_its_index_alone():
 def test_epochs_and_seeds_differ_and_no_shuffle_repeats():
     plan, other = PackingPlan(LENGTHS, 100, seed=3), PackingPlan(LENGTHS, 100, seed=4)
     fixed = PackingPlan(LENGTHS, 100, seed=3, shuffle=False)
-    same = lambda a, b: all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))  # noqa: E731
+    same = lambda a, b: all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
     assert not same(epoch_items(plan, 0), epoch_items(plan, 1))
     assert not same(epoch_items(plan, 0), epoch_items(other, 0))
     assert same(epoch_items(fixed, 0), epoch_items(fixed, 7))

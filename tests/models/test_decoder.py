@@ -114,7 +114,7 @@ def test_grouped_path_equals_the_dense_mask_reference(tiny, batch, untied):
 def test_relabelling_modalities_with_their_towers_changes_nothing(tiny, batch, untied):
     mot = tiny(untie=untied)
     params = distinct(mot.params)
-    flip = lambda leaf: leaf[:, ::-1] if leaf.ndim > 1 and leaf.shape[1] == 2 else leaf  # noqa: E731
+    flip = lambda leaf: leaf[:, ::-1] if leaf.ndim > 1 and leaf.shape[1] == 2 else leaf
     flipped = {
         **params,
         "stack": jax.tree.map(flip, params["stack"]),
@@ -159,9 +159,7 @@ def test_towers_of_unequal_width(tiny, batch):
             "wi_mdf_image": jnp.concatenate([jnp.pad(gate, pad), jnp.pad(up, pad)], axis=-1),
             "wo_mfd_image": jnp.pad(wo[:, 1:], ((0, 0), (0, 0), (0, 16), (0, 0))),
         }
-    np.testing.assert_allclose(
-        unequal.logits(wide, batch), equal.logits(narrow, batch), atol=1e-5
-    )
+    np.testing.assert_allclose(unequal.logits(wide, batch), equal.logits(narrow, batch), atol=1e-5)
 
 
 @pytest.mark.parametrize("flags", [{}, {"untie": "all"}])
@@ -186,9 +184,7 @@ def test_packing_equals_separate_rows(tiny, batch, untied):
     model = tiny(untie=untied)
     packed = model.logits(model.params, batch)
     alone = {name: batch[name][:, 12:22] for name in batch}
-    np.testing.assert_allclose(
-        model.logits(model.params, alone), packed[:, 12:22], atol=1e-5
-    )
+    np.testing.assert_allclose(model.logits(model.params, alone), packed[:, 12:22], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -233,9 +229,11 @@ def test_bfloat16_stays_close_and_logits_are_float32(tiny, batch, untied):
 
 def test_dropout_acts_in_training_only(tiny, batch):
     model = tiny(dropout=0.5)
-    apply = lambda key, train: model.model.apply(  # noqa: E731
-        {"params": model.params}, batch, train=train, rngs={"dropout": jax.random.key(key)}
-    ).logits
+    apply = lambda key, train: (
+        model.model.apply(
+            {"params": model.params}, batch, train=train, rngs={"dropout": jax.random.key(key)}
+        ).logits
+    )
     np.testing.assert_array_equal(apply(0, False), apply(1, False))
     assert np.abs(apply(0, True) - apply(1, True)).max() > 0.1
 

@@ -39,7 +39,7 @@ def test_rope_turns_products_into_functions_of_the_distance():
     q, k = normal(0, 1, 1, 1, 8), normal(1, 1, 1, 1, 8)
 
     def product(i, j):
-        at = lambda x, p: apply_rope(x, jnp.array([[p]]), 10_000.0)  # noqa: E731
+        at = lambda x, p: apply_rope(x, jnp.array([[p]]), 10_000.0)
         return float((at(q, i) * at(k, j)).sum())
 
     assert product(7, 3) == pytest.approx(product(104, 100), rel=1e-4)
@@ -99,6 +99,6 @@ def test_permutation_gradient_is_a_gather():
     order = jnp.array([3, 0, 2, 1])
     inverse = jnp.argsort(order)
     x, cotangent = normal(0, 4, 2), normal(1, 4, 2)
-    loss = lambda x: (permute_rows(x, order, inverse) * cotangent).sum()  # noqa: E731
+    loss = lambda x: (permute_rows(x, order, inverse) * cotangent).sum()
     np.testing.assert_array_equal(jax.grad(loss)(x), cotangent[inverse])
     assert "scatter" not in str(jax.make_jaxpr(jax.grad(loss))(x))

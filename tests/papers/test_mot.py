@@ -52,7 +52,7 @@ def test_modalities_have_own_weights():
         return jnp.sin(model.apply({"params": params}, batch_of(text)).logits).sum()
 
     grads = jax.tree.leaves(jax.jit(jax.grad(score))(params))
-    is_box = lambda leaf: isinstance(leaf, meta.AxisMetadata)  # noqa: E731
+    is_box = lambda leaf: isinstance(leaf, meta.AxisMetadata)
     names = [leaf.names for leaf in jax.tree.leaves(boxed, is_leaf=is_box)]
     untied = 0
     for name, grad in zip(names, grads, strict=True):

@@ -65,7 +65,7 @@ def test_fsdp_has_to_divide_the_width():
 
 def batch_of(rows=8, length=12):
     rng = np.random.default_rng(0)
-    ids = lambda: rng.integers(16, 64, (rows, length)).astype(np.int32)  # noqa: E731
+    ids = lambda: rng.integers(16, 64, (rows, length)).astype(np.int32)
     return {
         "tokens": ids(),
         "targets": ids(),

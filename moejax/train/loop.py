@@ -1,0 +1,323 @@
+"""The training loop: resume, step, log, evaluate, save, stop."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.analysis.flops import BACKWARD_AND_FORWARD, flops_per_token
+from moejax.analysis.params import param_table
+from moejax.config.schema import Config
+from moejax.train import workdir as workdirs
+from moejax.train.checkpoint import Checkpoints, saved_steps
+from moejax.train.evaluate import EvalContext, evaluate, format_table, put_batch
+from moejax.train.progress import Progress, format_count
+from moejax.train.setup import Setup, prepare, surroundings
+from moejax.train.state import TrainState
+from moejax.train.step import StepMetrics, make_train_step
+from moejax.train.throughput import Clock, peak_flops
+from moejax.train.writers import MetricWriter, read_rows
+
+
+class NonFiniteLoss(RuntimeError):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+
+def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
+    """Trains ``config`` in ``workdir``, or goes on with the run that is there.
+
+    The run is exact: stopped at any moment, also by ``kill -9``, and started again with the same
+    arguments, it ends with the same parameters and metric rows as one that was never stopped. On
+    SIGTERM or Ctrl-C it saves and returns.
+
+    Args:
+      config: the experiment.
+      workdir: folder of the run; made once everything has been checked.
+
+    Returns:
+      The values of the last rows of metrics.jsonl, and ``"step"``.
+
+    Raises:
+      UserError: a mistake in the config, the data or the workdir; nothing was written.
+      NonFiniteLoss: after ``train.max_skipped`` skipped steps in a row.
+    """
+    workdir = Path(workdir)
+    record = workdirs.check_workdir(workdir, config)
+    steps = saved_steps(workdir / "checkpoints")
+    if steps and steps[-1] >= config.train.steps:
+        print(f"{workdir}: already trained to step {steps[-1]} of {config.train.steps}")
+        return last_values(workdir)
+    setup = prepare(config)
+    workdirs.check_data_version(workdir, record, setup.pipeline.version)
+    made_with = surroundings(setup)
+    with _StopSignals() as stop, contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(setup.mesh))
+        run = _Run(setup, workdir, stop)
+        for change in workdirs.changed_surroundings(record, made_with):
+            run.progress.say(f"warning: not bit for bit as before: {change}")
+        # A new folder is never without its config.json; an old one keeps it until the restored
+        # state has been found to fit.
+        if record is None:
+            workdirs.write_record(workdir, config, made_with)
+        run.open(stack)
+        if record is not None:
+            workdirs.write_record(workdir, config, made_with)
+        run.go()
+    return last_values(workdir)
+
+
+def last_values(workdir: Path) -> dict[str, float]:
+    """The values of the last train and the last eval row of a run, with the last step."""
+    values: dict[str, float] = {}
+    for row in read_rows(workdir / "metrics.jsonl"):
+        values.update(row)
+    return values
+
+
+class _StopSignals:
+    """Notes SIGTERM and the first Ctrl-C; a second Ctrl-C interrupts as usual."""
+
+    def __init__(self):
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_StopSignals":
+        # Python lets only the main thread set signal handlers.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: Any) -> None:
+        del frame
+        self.requested = True
+        signal.signal(number, self._before[number])
+
+
+class _Run:
+    """The parts of a run that is under way. ``open`` makes or restores them, ``go`` trains."""
+
+    def __init__(self, setup: Setup, workdir: Path, stop: _StopSignals):
+        config = setup.config
+        self.setup, self.config, self.workdir, self.stop = setup, config, workdir, stop
+        folder = workdir / "checkpoints"
+        latest = max(saved_steps(folder), default=0)
+        self.primary = jax.process_index() == 0
+        self.progress = Progress(
+            config.train.steps,
+            latest,
+            losses=getattr(config.model, "modalities", ()),
+            quiet=not self.primary,
+        )
+        self.context: EvalContext | None = None
+        # The last step: its number and metrics, not looked at before the next one is under way.
+        self.unchecked: tuple[int, StepMetrics] | None = None
+        # Sums up to a log point, not written before the next step is under way.
+        self.unwritten: tuple[int, StepMetrics] | None = None
+
+    def open(self, stack: contextlib.ExitStack) -> None:
+        """Makes or restores the state, compiles the step."""
+        setup, config = self.setup, self.config
+        step = make_train_step(
+            setup.model,
+            setup.objective,
+            config,
+            setup.recipe.optimizer,
+            setup.mesh,
+            setup.recipe.shardings,
+        )
+        traced = step.trace(setup.recipe.abstract, setup.batch)
+        _, shapes = traced.out_info
+        self.zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        self.add = jax.jit(lambda sums, metrics: sums + metrics)
+        best = config.eval.best_metric
+        self.checkpoints = Checkpoints(
+            self.workdir / "checkpoints", keep=config.train.checkpoint_keep, best_metric=best
+        )
+        stack.callback(self.checkpoints.close)
+        latest = self.checkpoints.latest()
+        self.state: TrainState
+        self.sums: StepMetrics
+        if latest is None:
+            self.state, self.sums = setup.recipe.create(), self.zeros
+        else:
+            self.state, self.sums = self.checkpoints.restore(
+                latest, setup.recipe.abstract, self.zeros
+            )
+        self.first = latest or 0
+        self.best = self.checkpoints.best()
+        self.writer = MetricWriter(self.workdir, self.first, tensorboard=config.log.tensorboard)
+        stack.callback(self.writer.close)
+        stack.callback(self.progress.close)
+        self.progress.say(header(setup))
+        if latest is not None:
+            self.progress.say(f"resumed from step {latest}")
+        self.train_step = traced.lower().compile()
+        flops = BACKWARD_AND_FORWARD * flops_per_token(config)
+        self.clock = Clock(flops, peak_flops(jax.devices()) if flops else 1.0)
+
+    def go(self) -> None:
+        """Steps from the restored step to the last one, or until a stop is asked for."""
+        config, total = self.config, self.config.train.steps
+        batches = iter(self.setup.pipeline.batches(self.first))
+        profiler = _Profiler(config, self.workdir, self.first)
+        for step in range(self.first, total):
+            profiler.before(step)
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - asked
+            self.state, metrics = self.train_step(self.state, put_batch(batch, self.setup.mesh))
+            self.sums = self.add(self.sums, metrics)
+            done = step + 1
+            # Only now look at the step before: the device is never left without work.
+            self.settle()
+            self.unchecked = step, metrics
+            if done % config.log.every == 0 or done == total:
+                self.unwritten, self.sums = (done, self.sums), self.zeros
+            if step == self.first:
+                # The first step warms up; speed and ETA are measured from here on.
+                jax.block_until_ready(metrics)
+                self.clock.restart()
+                self.progress.begin()
+            else:
+                self.clock.step(batch, waited)
+            profiler.after(step, metrics)
+            self.progress.step(done)
+            # Read once: a signal that comes after this line waits for the next step.
+            stop = self.stop.requested
+            self.look_back(done, stop)
+            if stop and done < total:
+                self.progress.say(f"stopped at step {done}; run the same command to go on")
+                return
+        self.progress.close()
+        self.progress.say(f"trained to step {total}: {self.workdir}")
+
+    def look_back(self, done: int, stop: bool) -> None:
+        """Evaluates and saves after ``done`` steps, where it is time to (saves if ``stop``)."""
+        config, last = self.config, done == self.config.train.steps
+        every = config.eval.every
+        measure = self.setup.eval_pipeline is not None and (
+            last or (every > 0 and done % every == 0)
+        )
+        save = last or done % config.train.checkpoint_every == 0 or stop
+        if not (measure or save):
+            return
+        # A checkpoint at this step promises that the rows up to it are written.
+        self.settle()
+        with self.clock.paused():
+            values = self.evaluate(done) if measure else None
+            score = self.checkpoints.score(values)
+            if save or score < self.best:
+                self.best = min(self.best, score)
+                self.checkpoints.save(done, self.state, self.sums, self.setup.mesh, values)
+            if last:
+                self.checkpoints.wait()
+
+    def settle(self) -> None:
+        """Checks the last step and writes the row that is due; waits for that step to end."""
+        if self.unchecked is not None:
+            (step, metrics), self.unchecked = self.unchecked, None
+            if int(metrics.skipped_in_row) >= self.config.train.max_skipped:
+                raise NonFiniteLoss(self.non_finite(step, int(metrics.skipped_in_row)))
+        if self.unwritten is not None:
+            (step, sums), self.unwritten = self.unwritten, None
+            values = {**row_values(sums), **self.clock.read()}
+            if self.primary:
+                self.writer.write(step, values)
+            self.progress.row(step, values)
+
+    def evaluate(self, done: int) -> dict[str, float]:
+        """Evaluates the state and writes the row; prints a table after the last step."""
+        params = self.state.eval_params()
+        setup = self.setup
+        context = self.context or setup.eval_context(params, setup.eval_pipeline, setup.pipeline)
+        self.context = context.with_params(params)
+        values = evaluate(self.context)
+        # Parameters are donated to the next step: the context must not keep them.
+        self.context = context.with_params(None)
+        if self.primary:
+            self.writer.write(done, {f"eval/{name}": value for name, value in values.items()})
+        split = self.config.eval.split
+        self.progress.say(f"evaluation on {split} at step {done}\n{format_table(values)}")
+        return values
+
+    def non_finite(self, step: int, in_row: int) -> str:
+        ids = self.setup.pipeline.record_ids(step)
+        shown = ", ".join(map(str, ids[:32])) + (f", ... ({len(ids)} in all)" if ids[32:] else "")
+        return (
+            f"loss or gradient not finite in {in_row} steps in a row, up to step {step + 1}, whose "
+            f"batch holds the records {shown}; lower optim.learning_rate, or look at these records"
+        )
+
+
+class _Profiler:
+    """A jax.profiler trace of ``train.profile_steps`` steps from ``train.profile_start`` on."""
+
+    def __init__(self, config: Config, workdir: Path, first: int):
+        self.start = max(config.train.profile_start, first)
+        self.stop = min(self.start + config.train.profile_steps, config.train.steps) - 1
+        self.folder = workdir / "profile"
+
+    def before(self, step: int) -> None:
+        if self.start == step <= self.stop:
+            jax.profiler.start_trace(str(self.folder))
+
+    def after(self, step: int, metrics: StepMetrics) -> None:
+        if self.start <= step == self.stop:
+            jax.block_until_ready(metrics)
+            jax.profiler.stop_trace()
+
+
+def row_values(sums: StepMetrics) -> dict[str, float]:
+    """The training fields of a metrics row: exact means over the steps that ``sums`` adds up.
+
+    A loss without a target in these steps is left out, as are all when every step was skipped.
+    """
+    values: dict[str, float] = {}
+    sums = jax.device_get(sums)
+    if sums.steps > 0:
+        values["train/loss"] = float(sums.losses.total())
+        values["train/grad_norm"] = float(sums.grad_norm / sums.steps)
+    for name, weight in sums.losses.weights.items():
+        if weight > 0:
+            # "text_correct" counts right predictions: its mean is an accuracy.
+            modality = name.removesuffix("_correct")
+            key = f"train/loss/{name}" if modality == name else f"train/accuracy/{modality}"
+            values[key] = float(sums.losses.sums[name] / weight)
+    values["train/learning_rate"] = float(sums.learning_rate)
+    values["train/skipped"] = int(sums.skipped)
+    return values
+
+
+def header(setup: Setup) -> str:
+    """What is about to be trained, in a few lines."""
+    config, pipeline, mesh = setup.config, setup.pipeline, setup.mesh
+    params = sum(leaf.size for leaf in jax.tree.leaves(setup.recipe.abstract.params))
+    active = param_table(setup.model, config).active
+    shape = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
+    steps, epoch = config.train.steps, max(1, pipeline.steps_per_epoch)
+    tokens = config.data.batch_size * config.data.sequence_length
+    size = f"{config.data.batch_size} x {config.data.sequence_length} tokens"
+    if config.data.format != "tokens":
+        size = f"{config.data.batch_size} pictures"
+    lines = (
+        f"{config.about.name or config.model.name}: {format_count(params)} parameters, "
+        f"{format_count(active)} active for a token, in {config.model.dtype}",
+        f"devices: {mesh.size} x {jax.devices()[0].device_kind}" + (f" ({shape})" if shape else ""),
+        f"data: {config.data.source}, {len(pipeline.source)} records; {size} a step, "
+        f"{epoch} steps an epoch",
+        f"training: {steps} steps, {steps / epoch:.3g} epochs"
+        + (f", {format_count(steps * tokens)} tokens" if config.data.format == "tokens" else ""),
+    )
+    return "\n".join(lines)

@@ -1,0 +1,145 @@
+"""From a config to everything a run needs, with every mistake of the user found on the way."""
+
+import dataclasses
+import importlib.metadata
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from moejax.analysis.params import abstract_batch
+from moejax.config.schema import Config
+from moejax.data.pipeline import build_pipeline
+from moejax.models import build_model
+from moejax.objectives import build_objective
+from moejax.parallel.mesh import batch_sharding, check_mesh, make_mesh
+from moejax.train.evaluate import EvalContext, check_evaluators
+from moejax.train.state import StateRecipe, state_recipe
+from moejax.train.writers import check_tensorboard
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSetup:
+    """A checked model on a mesh; no parameter exists yet.
+
+    Attributes:
+      config: the experiment.
+      mesh: the device mesh.
+      model: Linen module.
+      objective: function ``(outputs, batch, rng) -> LossSums``.
+      recipe: shapes, shardings, optimizer and initial values of the state.
+    """
+
+    config: Config
+    mesh: jax.sharding.Mesh
+    model: Any
+    objective: Callable
+    recipe: StateRecipe
+
+    def eval_context(self, params: Any, pipeline: Any, train_pipeline: Any) -> EvalContext:
+        """What evaluators take, for ``params`` on the data of ``pipeline``."""
+        return EvalContext(
+            config=self.config,
+            model=self.model,
+            objective=self.objective,
+            params=params,
+            pipeline=pipeline,
+            train_pipeline=train_pipeline,
+            mesh=self.mesh,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup(ModelSetup):
+    """A checked experiment, data included; nothing is written.
+
+    Attributes:
+      pipeline: training data.
+      eval_pipeline: data of ``eval.split``; None when nothing is evaluated.
+      batch: shapes of a batch.
+    """
+
+    pipeline: Any
+    eval_pipeline: Any
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def configure_jax(config: Config) -> None:
+    """Process-wide settings of ``config``; call before anything is computed."""
+    if getattr(config.model, "dtype", "") == "float64":
+        jax.config.update("jax_enable_x64", True)
+    if config.train.compilation_cache_dir:
+        folder = os.path.expanduser(config.train.compilation_cache_dir)
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def prepare(config: Config, devices: Sequence[Any] | None = None) -> Setup:
+    """Builds data, model, mesh (of ``devices``, default all) and the recipe of the state.
+
+    Raises:
+      UserError: whatever in the config, the data or the machine does not fit.
+    """
+    configure_jax(config)
+    check_evaluators(config)
+    if config.log.tensorboard:
+        check_tensorboard()
+    # The mesh before the data: what costs nothing is checked first.
+    check_mesh(config, len(jax.devices() if devices is None else devices))
+    build_model(config)
+    pipeline = open_pipeline(config, "train")
+    eval_pipeline = open_pipeline(config, config.eval.split) if config.eval.metrics else None
+    sample = pipeline.batch(0)
+    setup = prepare_model(config, devices, sample)
+    batch = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(setup.mesh))
+        for name, x in sample.items()
+    }
+    return Setup(**vars(setup), pipeline=pipeline, eval_pipeline=eval_pipeline, batch=batch)
+
+
+def prepare_model(
+    config: Config, devices: Sequence[Any] | None = None, batch: dict[str, Any] | None = None
+) -> ModelSetup:
+    """The part of :func:`prepare` that needs no data.
+
+    ``batch`` gives the shapes to initialise with; left out, they follow from the config.
+    """
+    configure_jax(config)
+    devices = jax.devices() if devices is None else devices
+    check_mesh(config, len(devices))
+    mesh = make_mesh(config.mesh, devices)
+    model, objective = build_model(config), build_objective(config)
+    recipe = state_recipe(model, config, mesh, batch or abstract_batch(config))
+    return ModelSetup(config, mesh, model, objective, recipe)
+
+
+def open_pipeline(config: Config, split: str) -> Any:
+    """The data of ``split``; pictures become codes by the frozen image tokenizer of the config."""
+    codec: Any = None
+    if config.data.format == "tokens":
+        from moejax.models.tokenizer import load_image_codec
+
+        codec = load_image_codec(config.data.image_tokenizer)
+    return build_pipeline(config, split, codec=codec)
+
+
+def surroundings(setup: Setup) -> dict[str, Any]:
+    """What config.json records beside the config: what else the numbers of a run depend on."""
+    return {
+        "data_version": setup.pipeline.version,
+        "device_count": jax.device_count(),
+        "device_kind": jax.devices()[0].device_kind,
+        "flax": importlib.metadata.version("flax"),
+        "jax": jax.__version__,
+        "moejax": moejax_version(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def moejax_version() -> str:
+    try:
+        return importlib.metadata.version("moejax")
+    except importlib.metadata.PackageNotFoundError:
+        # A checkout that is on the path without being installed.
+        return "unknown"

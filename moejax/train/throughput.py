@@ -1,0 +1,119 @@
+"""How fast a run goes: tokens per second, waiting for input, share of the device's peak."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+
+# Dense bfloat16 FLOP/s of one device, by the start of jax's device_kind (data sheets).
+DATA_SHEET_PEAK = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "TPU7": 2307e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "Tesla T4": 65e12,
+    "Tesla V100": 125e12,
+}
+
+
+def peak_flops(devices: list[Any]) -> float:
+    """FLOP/s that utilisation is measured against, all ``devices`` together.
+
+    The data sheet's where it is known; else what a 1024^3 float32 matrix product reaches here. CPU
+    devices are simulated on one and the same processor, so they are not added up.
+    """
+    kind = devices[0].device_kind
+    names = [name for name in DATA_SHEET_PEAK if kind.startswith(name)]
+    if names:
+        return DATA_SHEET_PEAK[max(names, key=len)] * len(devices)
+    measured = measured_flops(devices[0])
+    return measured if devices[0].platform == "cpu" else measured * len(devices)
+
+
+@functools.lru_cache(maxsize=1)
+def measured_flops(device: Any, size: int = 1024, repeats: int = 3) -> float:
+    """FLOP/s of a float32 matrix product of three sides ``size``: the best of ``repeats``."""
+    # A mesh of its own: the caller's may be of many devices.
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=[device])
+    product = jax.jit(jnp.matmul)
+    best = float("inf")
+    with jax.set_mesh(mesh):
+        x = jax.device_put(np.ones((size, size), np.float32), device)
+        product(x, x).block_until_ready()
+        for _ in range(repeats):
+            start = time.perf_counter()
+            product(x, x).block_until_ready()
+            best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+@dataclasses.dataclass
+class Clock:
+    """Time and work since the last metrics row; evaluation and saving do not count.
+
+    Attributes:
+      flops_per_token: of one training step (forward and backward); 0 if not known.
+      peak: FLOP/s to compare with.
+    """
+
+    flops_per_token: float
+    peak: float
+    seconds: float = 0.0
+    waited: float = 0.0
+    tokens: int = 0
+    slots: int = 0
+    examples: int = 0
+    _since: float = dataclasses.field(default_factory=time.perf_counter)
+
+    def step(self, batch: dict, waited: float) -> None:
+        """Notes a step on ``batch`` (numpy) that waited ``waited`` seconds for it."""
+        self.waited += waited
+        if "segments" in batch:
+            self.tokens += int(np.count_nonzero(batch["segments"]))
+            self.slots += batch["segments"].size
+        else:
+            self.examples += len(batch["weights"])
+
+    def restart(self) -> None:
+        """Forgets what was counted so far, and starts again now."""
+        self.seconds = self.waited = 0.0
+        self.tokens = self.slots = self.examples = 0
+        self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside does not count."""
+        self.seconds += time.perf_counter() - self._since
+        yield
+        self._since = time.perf_counter()
+
+    def read(self) -> dict[str, float]:
+        """The fields of a metrics row; starts anew."""
+        seconds = self.seconds + time.perf_counter() - self._since
+        values: dict[str, float] = {}
+        if self.tokens or self.examples:
+            values["train/input_wait_fraction"] = self.waited / seconds
+        if self.tokens:
+            values["train/tokens_per_second"] = self.tokens / seconds
+        if self.examples:
+            values["train/examples_per_second"] = self.examples / seconds
+        if self.flops_per_token and self.slots:
+            # Padding is computed too, so every slot counts as work of the device.
+            values["train/utilisation"] = self.flops_per_token * self.slots / seconds / self.peak
+        self.restart()
+        return values
