@@ -27,5 +27,5 @@ def get_config(arg=""):
     # Two records of about 73 tokens fill a row to 91%; longer rows spend more on attention.
     config.data.update(batch_size=16, sequence_length=160)
     config.optim.update(learning_rate=3e-3, warmup_steps=20)
-    config.train.update(steps=200, checkpoint_every=100)
+    config.train.update(steps=160, checkpoint_every=80)
     return config
