@@ -5,11 +5,16 @@ import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from moejax.cli.common import command_parser, print_json, workdir_config
 from moejax.errors import UserError, did_you_mean
 
+if TYPE_CHECKING:
+    from moejax.generate.samples import Outcome
+
 MODES = ("all", "text2image", "image2text", "unconditional")
+_SETTINGS = ("seed", "temperature", "top_k", "top_p", "guidance")
 # What each data.order trains a model to write.
 _TRAINED = {
     "text_first": ("text2image", "unconditional"),
@@ -53,18 +58,23 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
-        "--split", choices=("train", "val", "test"), help="of captions and pictures to start from "
-        "(default: eval.split)",
+        "--split",
+        choices=("train", "val", "test"),
+        help="of captions and pictures to start from (default: eval.split)",
     )
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     args = parser.parse(argv)
     modes = _modes(args)
     config = workdir_config(args.workdir)
 
+    from tqdm import tqdm
+
     from moejax.generate.api import check_can_sample, sampler_of
     from moejax.generate.samples import Request, sample_mode, write_outcome
     from moejax.generate.sampling import Sampling, check_sampling
     from moejax.train.load import load
+    from moejax.train.setup import open_pipeline
+    from moejax.train.workdir import read_record
 
     check_can_sample(config)
     sampling = check_sampling(Sampling(args.temperature, args.top_k, args.top_p, args.guidance))
@@ -75,10 +85,14 @@ def run(argv: Sequence[str]) -> int:
     aside = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
     with aside:
         loaded = load(args.workdir, args.step)
+        pipeline = open_pipeline(loaded.config, "train")
+        made_with = (read_record(Path(args.workdir)) or {}).get("made_with", {})
+        _warn_of_other_data(args.workdir, made_with.get("data_version"), pipeline.version)
         folder = Path(args.workdir) / "samples" / f"step_{loaded.step}"
         about = {"run": str(args.workdir), "step": loaded.step, "split": split, **settings}
         written = {}
-        with _Bar(len(modes) * args.n) as bar:
+        # disable=None: no bar where stderr is not a terminal.
+        with tqdm(total=len(modes) * args.n, unit="sample", disable=None, leave=False) as bar:
             request = Request(
                 sampler=sampler_of(loaded),
                 data=config.data,
@@ -88,13 +102,14 @@ def run(argv: Sequence[str]) -> int:
                 sampling=sampling,
                 seed=args.seed,
                 progress=bar.update,
+                sources={"train": pipeline.source},
             )
             for mode in modes:
                 bar.set_description(mode)
                 outcome = sample_mode(mode, request)
-                paths = write_outcome(outcome, folder, about)
+                paths = write_outcome(outcome, folder, _about_mode(about, mode))
                 written[mode] = outcome, paths
-                bar.write(_line(outcome, paths))
+                bar.write("\n".join(_report(outcome, paths)))
     if args.json:
         print_json(
             {
@@ -112,6 +127,16 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def _warn_of_other_data(workdir: str, before: str | None, version: str) -> None:
+    if before not in (None, version):
+        print(
+            f"moejax: warning: the data or the tokenizers changed since {workdir} was made "
+            f"(version {before} then, {version} now); with another image tokenizer the pictures "
+            "mean nothing",
+            file=sys.stderr,
+        )
+
+
 def _modes(args: argparse.Namespace) -> tuple[str, ...]:
     """The modes asked for; empty for all that the run was trained for.
 
@@ -125,9 +150,7 @@ def _modes(args: argparse.Namespace) -> tuple[str, ...]:
     if args.prompt and args.mode not in (None, "text2image"):
         raise UserError(f"--prompt: goes with --mode text2image, not with --mode {args.mode}")
     if not all(prompt.strip() for prompt in args.prompt):
-        raise UserError(
-            "--prompt: is empty; --mode unconditional makes pictures without a caption"
-        )
+        raise UserError("--prompt: is empty; --mode unconditional makes pictures without a caption")
     if args.n < 1:
         raise UserError(f"--n: must be positive, got {args.n}")
     if args.seed < 0:
@@ -135,3 +158,17 @@ def _modes(args: argparse.Namespace) -> tuple[str, ...]:
     if args.prompt:
         return ("text2image",)
     return () if args.mode in (None, "all") else (args.mode,)
+
+
+def _about_mode(about: dict[str, Any], mode: str) -> dict[str, Any]:
+    """``about`` without the settings that have no effect in ``mode``."""
+    return {key: value for key, value in about.items() if key != "guidance" or mode == "text2image"}
+
+
+def _report(outcome: "Outcome", paths: dict[str, Path]) -> list[str]:
+    """What is printed of one mode."""
+    values = ", ".join(
+        f"{name.replace('_', ' ')} {value:.3g}" for name, value in outcome.summary.items()
+    )
+    files = ", ".join(f".{kind}" for kind in paths if kind != "png")
+    return [f"{outcome.mode}: {values}", f"  {paths['png']} (and {files})"]

@@ -1,0 +1,1 @@
+"""Sampling: caches, constrained generation of text and picture tokens, and their pictures."""
