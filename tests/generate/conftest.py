@@ -74,6 +74,11 @@ def tiny(request) -> Tiny:
 
 
 @pytest.fixture
+def dense() -> Tiny:
+    return _tiny("dense")
+
+
+@pytest.fixture
 def mot() -> Tiny:
     return _tiny("mot")
 

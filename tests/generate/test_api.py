@@ -45,8 +45,10 @@ class Squares:
 
 
 @pytest.fixture
-def sampler(mot) -> Sampler:
-    return Sampler(mot.model, mot.params, mot.vocabulary, Letters(), Squares(), 32, batch_size=4)
+def sampler(dense) -> Sampler:
+    return Sampler(
+        dense.model, dense.params, dense.vocabulary, Letters(), Squares(), 32, batch_size=4
+    )
 
 
 PICTURES = Squares().decode([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 0]])
