@@ -73,8 +73,6 @@ def run(argv: Sequence[str]) -> int:
     from moejax.generate.samples import Request, sample_mode, write_outcome
     from moejax.generate.sampling import Sampling, check_sampling
     from moejax.train.load import load
-    from moejax.train.setup import open_pipeline
-    from moejax.train.workdir import read_record
 
     check_can_sample(config)
     sampling = check_sampling(Sampling(args.temperature, args.top_k, args.top_p, args.guidance))
@@ -85,9 +83,7 @@ def run(argv: Sequence[str]) -> int:
     aside = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
     with aside:
         loaded = load(args.workdir, args.step)
-        pipeline = open_pipeline(loaded.config, "train")
-        made_with = (read_record(Path(args.workdir)) or {}).get("made_with", {})
-        _warn_of_other_data(args.workdir, made_with.get("data_version"), pipeline.version)
+        loaded.train_pipeline()  # says so if the data changed since
         folder = Path(args.workdir) / "samples" / f"step_{loaded.step}"
         about = {"run": str(args.workdir), "step": loaded.step, "split": split, **settings}
         written = {}
@@ -125,16 +121,6 @@ def run(argv: Sequence[str]) -> int:
             }
         )
     return 0
-
-
-def _warn_of_other_data(workdir: str, before: str | None, version: str) -> None:
-    if before not in (None, version):
-        print(
-            f"moejax: warning: the data or the tokenizers changed since {workdir} was made "
-            f"(version {before} then, {version} now); with another image tokenizer the pictures "
-            "mean nothing",
-            file=sys.stderr,
-        )
 
 
 def _modes(args: argparse.Namespace) -> tuple[str, ...]:

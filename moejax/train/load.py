@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ class Loaded:
       params: the parameters (their moving average where ``optim.ema_decay`` > 0).
       step: the step they are from.
       setup: mesh and shapes that they were restored with.
+      workdir: the run.
+      data_version: of the training data that it was trained on; None if it is not recorded.
     """
 
     config: Config
@@ -37,10 +40,24 @@ class Loaded:
     params: Any
     step: int
     setup: ModelSetup
+    workdir: Path
+    data_version: str | None
+
+    def train_pipeline(self) -> Any:
+        """The training data as it is now; warns on stderr if the run was trained on other data."""
+        pipeline = open_pipeline(self.config, "train")
+        if self.data_version not in (None, pipeline.version):
+            print(
+                f"moejax: warning: the data or the tokenizers changed since {self.workdir} was "
+                f"made (version {self.data_version} then, {pipeline.version} now); with another "
+                "image tokenizer the pictures mean nothing",
+                file=sys.stderr,
+            )
+        return pipeline
 
     def eval_context(self, split: str | None = None) -> EvalContext:
         """What evaluators take, for ``split`` (default: ``eval.split``); opens the data."""
-        train = open_pipeline(self.config, "train")
+        train = self.train_pipeline()
         split = split or self.config.eval.split
         pipeline = train if split == "train" else open_pipeline(self.config, split)
         return self.setup.eval_context(self.params, pipeline, train)
@@ -76,7 +93,10 @@ def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
         params = checkpoints.restore_eval_params(step, setup.recipe.abstract)
     finally:
         checkpoints.close()
-    return Loaded(setup.config, setup.model, setup.objective, params, step, setup)
+    data_version = record.get("made_with", {}).get("data_version")
+    return Loaded(
+        setup.config, setup.model, setup.objective, params, step, setup, workdir, data_version
+    )
 
 
 def _on_this_machine(config: Config) -> tuple[Config, list[Any]]:
