@@ -1,5 +1,6 @@
 """From records to batches; the batch of a step is a function of the step alone."""
 
+import abc
 import functools
 import hashlib
 import json
@@ -80,8 +81,8 @@ class _PlanSource:
         return self._row(int(index))
 
 
-class _Pipeline:
-    """Batching that all formats share; a subclass gives ``row(index)`` and ``filler()``."""
+class _Pipeline(abc.ABC):
+    """Batching that all formats share; a subclass says what a row is."""
 
     def __init__(self, config: Config, source: RecordSource, rows_per_epoch: int):
         self.config = config
@@ -89,11 +90,13 @@ class _Pipeline:
         self.rows_per_epoch = rows_per_epoch
         self.steps_per_epoch = max(1, rows_per_epoch // config.data.batch_size)
 
+    @abc.abstractmethod
     def row(self, index: int) -> Batch:
-        raise NotImplementedError
+        """Row ``index`` since the start of training."""
 
+    @abc.abstractmethod
     def row_records(self, index: int) -> list[int]:
-        raise NotImplementedError
+        """The records (indices into the source) that the row holds."""
 
     def filler(self) -> Batch:
         """A row that counts for nothing."""
