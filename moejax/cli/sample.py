@@ -83,7 +83,7 @@ def run(argv: Sequence[str]) -> int:
     aside = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
     with aside:
         loaded = load(args.workdir, args.step)
-        loaded.train_pipeline()  # says so if the data changed since
+        pipeline = loaded.train_pipeline()
         folder = Path(args.workdir) / "samples" / f"step_{loaded.step}"
         about = {"run": str(args.workdir), "step": loaded.step, "split": split, **settings}
         written = {}

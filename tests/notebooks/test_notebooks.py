@@ -13,7 +13,8 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     jupytext = pytest.importorskip("jupytext")
     nbclient = pytest.importorskip("nbclient")
     monkeypatch.setenv("TOY", "1")
-    monkeypatch.setenv("MPLBACKEND", "agg")
+    # The kernel's own backend draws into the notebook.
+    monkeypatch.delenv("MPLBACKEND", raising=False)
     # A notebook's kernel is a process of its own, on the one device of a laptop.
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     notebook = jupytext.read(path)
