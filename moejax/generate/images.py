@@ -6,6 +6,7 @@ import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -183,7 +184,9 @@ def _font():
 def _has_glyph(char: str) -> bool:
     if char.isspace():
         return True
-    mask, missing = (_font().getmask(c) for c in (char, "\uffff"))
+    # Pillow's annotation of a mask leaves out that it is a buffer.
+    masks: list[Any] = [_font().getmask(c) for c in (char, "\uffff")]
+    mask, missing = masks
     return (mask.size, bytes(mask)) != (missing.size, bytes(missing))
 
 
