@@ -302,7 +302,8 @@ class EvalConfig:
     split: str = "val"
     # Batches per evaluation; 0 is the whole split.
     batches: int = 0
-    # The checkpoint with the lowest value of this metric is kept too; "" keeps the newest only.
+    # The checkpoint with the lowest value of this metric is kept too (with a minus sign in front,
+    # as in "-psnr", the highest); "" keeps the newest only.
     best_metric: str = ""
 
     def __post_init__(self):
