@@ -1,17 +1,18 @@
-"""Mixture-of-Transformers, Liang et al. 2024, arXiv 2411.04996, in the Chameleon setting.
+"""Mixture-of-Transformers, Liang et al. 2024, arXiv 2411.04996: codes (Chameleon) and latents.
 
 Claim: with QKV, output projection, feed-forward and norms of each modality's own, and one attention
 over all, the 7B model reaches the dense model's validation losses in 55.8% of its FLOPs.
 
     moejax train --config mot            # or mot:small: laptop CPU, built-in data, float32
     moejax train --config mot:7b         # the paper's sizes: 37m 94m 443m 880m 1.5b 7b, bfloat16
+    moejax train --config mot:transfusion_small   # and _160m, _760m, _1.4b, _7b
 
 A size is that of the parameters one token meets (7b: 13.49B in total, 7.01B active). It needs data
 with tokenizers of 65,536 ids in all. The dense baseline is ``chameleon`` at the same size.
 Parameters of ``mot``: 3.41M in total, 2.36M active. Device, minutes, expected loss: not measured.
 """
 
-from moejax.config import default_config
+from moejax.config import default_config, load_config_dict
 
 # d_model, layers, heads, sequences in a batch, steps, total and active parameters.
 SIZES = {
@@ -22,16 +23,19 @@ SIZES = {
     "1.5b": (2048, 24, 16, 512, 120_000, 2_734_899_200, 1_501_667_328),
     "7b": (4096, 32, 32, 768, 120_000, 13_489_430_528, 7_013_150_720),
 }
-ARGS = ("", "small", *SIZES)
+# The Transfusion setting is the ``transfusion`` config of that size untied: its total parameters.
+TRANSFUSION = {
+    "small": 3_170_560,
+    "160m": 277_022_208,
+    "760m": 1_460_063_232,
+    "1.4b": 2_601_062_400,
+    "7b": 13_221_765_120,
+}
+ARGS = ("", "small", *SIZES, *(f"transfusion_{size}" for size in TRANSFUSION))
 # What the paper does not fix for this setting; the optimizer is that of its Transfusion setting.
-# fmt: off
-INFERRED = (
-    "data.batch_size", "data.drop_text", "data.image_tokenizer", "data.order", "data.source",
-    "data.text_tokenizer", "model.qk_norm", "model.untie.final_norm", "objective.z_loss",
-    "optim.b1", "optim.b2", "optim.clip_norm", "optim.eps", "optim.final_fraction",
-    "optim.learning_rate", "optim.schedule", "optim.warmup_steps", "optim.weight_decay",
+INFERRED = tuple(
+    ["data.batch_size", "data.drop_text", "data.image_tokenizer", "data.order", "data.source", "data.text_tokenizer", "model.qk_norm", "model.untie.final_norm", "objective.z_loss", "optim.b1", "optim.b2", "optim.clip_norm", "optim.eps", "optim.final_fraction", "optim.learning_rate", "optim.schedule", "optim.warmup_steps", "optim.weight_decay"]
 )
-# fmt: on
 
 
 def ffn_hidden(d_model: int) -> int:
@@ -40,13 +44,18 @@ def ffn_hidden(d_model: int) -> int:
 
 
 def get_config(arg=""):
-    config = default_config()
+    setting, _, size_name = arg.rpartition("_")
+    config = load_config_dict(f"transfusion:{size_name}") if setting else default_config()
     model, data, optim = config.model, config.data, config.optim
-    for name in ("qkv", "out", "ffn", "norms", "final_norm"):
+    for name in model.untie:
         model.untie[name] = True
-    model.norm_placement, model.qk_norm = "post_branch", "layer"
+    model.norm_placement = "post_branch"
     config.about.paper, config.about.family = "arXiv 2411.04996", "mixture-of-transformers"
     config.about.mechanism_test = "tests/papers/test_mot.py::test_modalities_have_own_weights"
+    if setting:
+        config.about.total_params = TRANSFUSION[size_name]
+        return config
+    model.qk_norm = "layer"
     if arg in ("", "small"):
         model.d_model, model.num_layers, model.num_heads = 128, 4, 4
         # Rows of four records each, as in ``quickstart``.

@@ -1,8 +1,10 @@
-"""Draws held-out pictures, their reconstruction by the image tokenizer, and by k-means codes.
+"""Draws held-out pictures and their reconstruction by image tokenizers and their baselines.
 
     python experiments/tokenizer_fsq/grid.py
+    python experiments/tokenizer_fsq/grid.py --kind kl
 
-Rows from the top: original, FSQ, k-means, in bands of ``--columns`` pictures.
+Rows from the top, in bands of ``--columns`` pictures: original, FSQ, k-means; or with ``--kind kl``
+original, KL, KL with noise on its latents, FSQ, PCA.
 """
 
 import argparse
@@ -12,24 +14,28 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from moejax.data.sources import open_source
-from moejax.models.tokenizer import load_image_codec
+from moejax.models.tokenizer import load_image_codec, load_latent_codec
 from moejax.train.reconstruction import (
     image_mse,
     kmeans_decode,
     kmeans_encode,
     patch_centres,
+    patch_components,
+    pca_rebuild,
     to_psnr,
 )
 
 SCALE = 3
 GAP = 6
-LABELS = ("original", "FSQ", "k-means")
 LABEL_WIDTH = 60
+# Standard deviation of the noise on the latents, which have that of 1.
+NOISE = 0.2
 
 
-def draw(rows: list[np.ndarray], columns: int) -> Image.Image:
-    """``rows`` of n pictures [n, h, w, 3] each, one under the other, broken after ``columns``."""
-    count, side = len(rows[0]), rows[0].shape[1] * SCALE
+def draw(rows: dict[str, np.ndarray], columns: int) -> Image.Image:
+    """Rows of n pictures [n, h, w, 3] by label, one under the other, in bands of ``columns``."""
+    first = next(iter(rows.values()))
+    count, side = len(first), first.shape[1] * SCALE
     bands = -(-count // columns)
     band_height = len(rows) * (side + GAP) + 2 * GAP
     size = (LABEL_WIDTH + columns * (side + GAP) + GAP, bands * band_height)
@@ -37,43 +43,66 @@ def draw(rows: list[np.ndarray], columns: int) -> Image.Image:
     pen = ImageDraw.Draw(canvas)
     for index in range(count):
         band, column = divmod(index, columns)
-        for place, pictures in enumerate(rows):
+        for place, (label, pictures) in enumerate(rows.items()):
             x = LABEL_WIDTH + column * (side + GAP)
             y = band * band_height + 2 * GAP + place * (side + GAP)
             picture = Image.fromarray(pictures[index])
             canvas.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
             if column == 0:
-                pen.text((GAP, y + side // 2 - 5), LABELS[place], fill=(0, 0, 0))
+                pen.text((GAP, y + side // 2 - 5), label, fill=(0, 0, 0))
     return canvas
+
+
+def rebuild_fsq(spec: str, images: np.ndarray, train) -> dict[str, np.ndarray]:
+    """The pictures by an image codec and by k-means codes."""
+    codec = load_image_codec(spec)
+    patch = codec.config.patch_size
+    centres = patch_centres(train, patch, codec.num_codes)
+    return {
+        "FSQ": codec.decode(codec.encode(images)),
+        "k-means": kmeans_decode(kmeans_encode(images, centres, patch), centres, patch),
+    }
+
+
+def rebuild_kl(spec: str, images: np.ndarray, train) -> dict[str, np.ndarray]:
+    """The pictures by a latent codec, without and with noise, by builtin:fsq, and by PCA."""
+    codec, fsq = load_latent_codec(spec), load_image_codec("builtin:fsq")
+    patch = codec.config.patch_size
+    latents = codec.encode(images)
+    noise = NOISE * np.random.default_rng(0).normal(size=latents.shape)
+    basis = patch_components(train, patch, codec.channels)
+    return {
+        "KL": codec.decode(latents),
+        f"noise {NOISE}": codec.decode(latents + noise),
+        "FSQ": fsq.decode(fsq.encode(images)),
+        "PCA": pca_rebuild(images, *basis, patch),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokenizer", default="builtin:fsq", help="builtin:fsq or an .npz file")
+    parser.add_argument("--kind", choices=("fsq", "kl"), default="fsq")
+    parser.add_argument("--tokenizer", help="an .npz file (default: the built-in one)")
     parser.add_argument("--source", default="builtin:emoji32")
     parser.add_argument("--split", default="val")
     parser.add_argument("--count", type=int, default=28, help="pictures, evenly spread")
     parser.add_argument("--columns", type=int, default=14)
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "reconstructions.png"
-    )
+    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    codec = load_image_codec(arguments.tokenizer)
-    patch = codec.config.patch_size
-    source = open_source(arguments.source, arguments.split, image_size=codec.image_size)
+    kind = arguments.kind
+    spec = arguments.tokenizer or f"builtin:{kind}"
+    size = (load_image_codec if kind == "fsq" else load_latent_codec)(spec).image_size
+    source = open_source(arguments.source, arguments.split, image_size=size)
+    train = open_source(arguments.source, "train", image_size=size)
     chosen = np.unique(np.linspace(0, len(source) - 1, arguments.count).astype(int))
     images = np.stack([source[int(index)]["image"] for index in chosen])
-    train = open_source(arguments.source, "train", image_size=codec.image_size)
-    centres = patch_centres(train, patch, codec.num_codes)
-    rows = [
-        images,
-        codec.decode(codec.encode(images)),
-        kmeans_decode(kmeans_encode(images, centres, patch), centres, patch),
-    ]
-    draw(rows, arguments.columns).save(arguments.output, optimize=True)
-    shown = [float(to_psnr(image_mse(images, row)).mean()) for row in rows[1:]]
-    print(f"{arguments.output}: {len(images)} {arguments.split} pictures of {arguments.source}")
-    print(f"mean PSNR of these: FSQ {shown[0]:.2f} dB, k-means {shown[1]:.2f} dB")
+    rebuilt = (rebuild_fsq if kind == "fsq" else rebuild_kl)(spec, images, train)
+    folder = Path(__file__).parent.parent / f"tokenizer_{kind}"
+    output = arguments.output or folder / "reconstructions.png"
+    draw({"original": images, **rebuilt}, arguments.columns).save(output, optimize=True)
+    print(f"{output}: {len(images)} {arguments.split} pictures of {arguments.source}")
+    for label, pictures in rebuilt.items():
+        print(f"{label:10} {to_psnr(image_mse(images, pictures)).mean():6.2f} dB")
 
 
 if __name__ == "__main__":

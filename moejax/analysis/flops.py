@@ -17,6 +17,7 @@ from moejax.analysis.params import abstract_batch, abstract_params
 from moejax.config import Config, Registry
 from moejax.config.schema import DecoderConfig
 from moejax.models import build_model
+from moejax.nn.patch_adapter import TIME_FREQUENCIES
 from moejax.objectives import build_objective
 from pallas_kernels.costs import Cost
 
@@ -99,6 +100,7 @@ def counted_flops(config: Config) -> ProgramFlops:
     key = jax.eval_shape(lambda: jax.random.key(0))
 
     def loss(params: Any, batch: dict, key: jax.Array):
+        batch = objective.prepare(batch, key)
         outputs = model.apply({"params": params}, batch, train=True, rngs={"dropout": key})
         return objective(outputs, batch, key).total()
 
@@ -112,16 +114,36 @@ def counted_flops(config: Config) -> ProgramFlops:
 
 @MODEL_FLOPS.register("decoder")
 def decoder_flops(config: Config) -> dict[str, TokenFlops] | None:
-    """Blocks and logits; None if a kind of block has no formula."""
+    """Blocks and logits; None if a kind of block has no formula.
+
+    Pictures as latents have no logits, but an adapter into and out of the model's width.
+    """
     model, length = config.model, config.data.sequence_length
     kinds = model.block_kinds()
+    continuous = model.latents.channels > 0
     if any(kind not in BLOCK_FLOPS for kind in kinds):
         return None
     logits = TokenFlops(0.0, 0.0, 2.0 * model.d_model * model.vocab_size)
+    patches = TokenFlops(2.0 * adapter_products(model), 0.0, 0.0)
+    ends = {
+        name: patches if continuous and name == "image" else logits for name in model.modalities
+    }
     return {
-        name: sum((BLOCK_FLOPS.get(kind)(model, index, length) for kind in kinds), logits)
+        name: sum((BLOCK_FLOPS.get(kind)(model, index, length) for kind in kinds), ends[name])
         for index, name in enumerate(model.modalities)
     }
+
+
+def adapter_products(model: DecoderConfig) -> float:
+    """Multiply-adds of the patch adapter for one patch (moejax/nn/patch_adapter.py, unet.py)."""
+    latents, d = model.latents, model.d_model
+    if latents.adapter == "linear":
+        return (2 * latents.size + TIME_FREQUENCIES) * d
+    width, cells = latents.unet_width, latents.patch**2
+    # 3x3 convolutions in and out, two of each block (the second reads the skip as well), shortcut.
+    per_cell = 9 * (2 * latents.channels * width + 5 * width**2) + 2 * width**2
+    time = TIME_FREQUENCIES * width + 2 * width**2
+    return cells * (per_cell + 2 * d * width) + time / latents.tokens_per_image
 
 
 @BLOCK_FLOPS.register("untied")

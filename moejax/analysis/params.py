@@ -13,6 +13,7 @@ from moejax import axes
 from moejax.config import Config
 from moejax.parallel.mesh import check_mesh
 from moejax.parallel.rules import state_shardings
+from moejax.train.freeze import count_frozen
 from moejax.train.optim import make_optimizer
 
 SHARED = "shared"
@@ -53,6 +54,7 @@ class ParamTable:
       mesh: size of each mesh axis.
       total: numbers in all parameters.
       active: those that one token meets, of the modality that meets the most.
+      frozen: those that training never changes (``optim.freeze``).
       per_modality: how many belong to each modality alone, and to ``"shared"``; sums to ``total``.
       bytes_per_device: of the parameters.
       state_bytes_per_device: of parameters, optimizer state and moving average.
@@ -62,6 +64,7 @@ class ParamTable:
     mesh: dict[str, int]
     total: int
     active: int
+    frozen: int
     per_modality: dict[str, int]
     bytes_per_device: int
     state_bytes_per_device: int
@@ -87,7 +90,14 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     names = ("tokens", "modality", "segments", "positions", "targets")
     shape = (rows, data.sequence_length)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}
-    return {**batch, "weights": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    batch["weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
+    if config.model.latents.channels:
+        batch["image_id"] = jax.ShapeDtypeStruct(shape, jnp.int32)
+        latents = (*shape, config.model.latents.size)
+        batch["latents"] = jax.ShapeDtypeStruct(latents, jnp.float32)
+    if data.sources:
+        batch["sources"] = jax.ShapeDtypeStruct((rows, len(data.sources)), jnp.float32)
+    return batch
 
 
 def boxed_params(model, config: Config) -> Any:
@@ -124,13 +134,15 @@ def param_table(model, config: Config) -> ParamTable:
     owned = {name: sum(row.owners.get(name, 0) for row in rows) for name in (SHARED, *modalities)}
     towers = [size for name, size in owned.items() if name != SHARED]
     # The boxes are pytree nodes, so the optimizer's moments keep the names of their parameter.
-    optimizer_state = jax.eval_shape(make_optimizer(config, boxed).transform.init, boxed)
+    optimizer = make_optimizer(config, boxed)
+    optimizer_state = jax.eval_shape(optimizer.transform.init, boxed)
     averages = boxed if config.optim.ema_decay > 0 else {}
     return ParamTable(
         rows=rows,
         mesh=dict(mesh.shape),
         total=sum(row.size for row in rows),
         active=owned[SHARED] + max(towers, default=0),
+        frozen=count_frozen(optimizer.frozen, boxed),
         per_modality=owned,
         bytes_per_device=sum(row.bytes_per_device for row in rows),
         state_bytes_per_device=sum(

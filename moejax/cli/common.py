@@ -6,16 +6,15 @@ and ``imports`` beside them. Nothing here imports jax, so a misspelt flag answer
 """
 
 import argparse
-import importlib
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from moejax.config.convert import freeze
 from moejax.config.load import load_config
+from moejax.config.packages import import_packages, import_recorded
 from moejax.config.schema import Config
 from moejax.errors import UserError, did_you_mean
 
@@ -96,7 +95,8 @@ def command_parser(
         action="append",
         default=[],
         metavar="PACKAGE",
-        help="import a package that registers parts of your own; can be given several times",
+        help="import a package that registers parts of your own; can be given several times; a "
+        "run remembers its packages (docs/extend.md)",
     )
     return parser
 
@@ -124,26 +124,6 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, overrides
 
 
-def import_packages(names: Sequence[str]) -> None:
-    """Imports the user's own packages, found on ``sys.path`` or in the current folder."""
-    # The console script, unlike `python -m`, does not look in the current folder.
-    here = os.getcwd()
-    if names and here not in sys.path and "" not in sys.path:
-        sys.path.append(here)
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            # A package that is there but lacks one of its own imports is another mistake.
-            if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
-                raise UserError(
-                    f"--import {name}: it needs {error.name!r}, which is not installed"
-                ) from error
-            raise UserError(
-                f"--import {name}: no such package; install it or run from its folder"
-            ) from error
-
-
 def config_from(args: argparse.Namespace) -> Config:
     """The config that ``args`` names: ``--config``, or else the one recorded in ``--workdir``.
 
@@ -166,7 +146,10 @@ def config_from(args: argparse.Namespace) -> Config:
 
 
 def workdir_config(workdir: str | os.PathLike) -> Config:
-    """The config recorded in the ``config.json`` of a run. UserError if there is none."""
+    """The config recorded in the ``config.json`` of a run, whose packages are imported first.
+
+    UserError if there is none, or a package of the run is not there.
+    """
     path = Path(workdir) / "config.json"
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
@@ -174,6 +157,7 @@ def workdir_config(workdir: str | os.PathLike) -> Config:
         raise UserError(f"--workdir {workdir}: no run there (no config.json)") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
+    import_recorded(recorded, workdir)
     # Beside the config groups, config.json records what the run was made with (versions, flags).
     return freeze({key: value for key, value in recorded.items() if key in _GROUPS})
 

@@ -12,31 +12,37 @@ def run(argv: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     parser = command_parser(
         "eval",
-        "Evaluate a checkpoint: the evaluators that its config names, beside their baselines.",
+        "Evaluate a checkpoint: the evaluators that its config names, beside their baselines.\n"
+        "Pictures that they draw go into WORKDIR/samples/step_N.",
         config=False,
     )
     parser.add_argument(
         "--split",
         choices=("train", "val", "test"),
-        help="data to evaluate on (default: eval.split)",
+        help="data to evaluate on (default: eval.split, and what eval.metrics says otherwise)",
     )
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     args = parser.parse(argv)
     if not args.workdir:
         raise UserError("--workdir: name the folder of a run, e.g. --workdir runs/quickstart")
 
-    from moejax.train.evaluate import evaluate, format_table
+    from moejax.train.evaluate import eval_plans, format_table, run_evaluators
     from moejax.train.load import load
+    from moejax.train.writers import save_images
 
     # With --json stdout carries the document alone, whatever a library prints.
     aside = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
     with aside:
         loaded = load(args.workdir, args.step)
         split = args.split or loaded.config.eval.split
-        values = evaluate(loaded.eval_context(split))
+        context = loaded.eval_context(args.split)
+        result = run_evaluators(context, eval_plans(context.config.eval))
+        paths = save_images(loaded.workdir, loaded.step, result.images)
     if args.json:
-        print_json({"step": loaded.step, "split": split, "metrics": values})
+        document = {"step": loaded.step, "split": split, "metrics": result.values}
+        # Only where there are any: most evaluators draw nothing.
+        print_json({**document, **({"images": list(map(str, paths))} if paths else {})})
     else:
         print(f"{args.workdir} at step {loaded.step}, split {split}")
-        print(format_table(values))
+        print("\n".join([format_table(result.values), *map(str, paths)]))
     return 0

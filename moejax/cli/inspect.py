@@ -48,6 +48,7 @@ def inspect(config: Config) -> dict[str, Any]:
         "config": config.about.name,
         "total_params": table.total,
         "active_params": table.active,
+        "frozen_params": table.frozen,
         "params_per_modality": table.per_modality,
         "flops_per_token": formula.forward if formula else None,
         "causal_flops_per_token": formula.causal if formula else None,
@@ -86,7 +87,8 @@ def _text(document: dict[str, Any], table) -> str:
     text = [
         *_columns([head, *lines], right=(3, 5)),
         "",
-        f"parameters    {table.total:,} total, {table.active:,} active for one token",
+        f"parameters    {table.total:,} total, {table.active:,} active for one token"
+        + (f", {table.frozen:,} frozen" if table.frozen else ""),
         f"              {owned}",
         f"per device    {_bytes(table.bytes_per_device)} of parameters, "
         f"{_bytes(table.state_bytes_per_device)} with optimizer state (mesh {mesh or '1 device'})",

@@ -1,10 +1,12 @@
 """``moejax list``: what a config can name."""
 
 import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 from moejax.cli.common import command_parser, print_json
-from moejax.config.load import config_module, load_config, resolve, short_names
+from moejax.config.load import config_module, load_config, own_folders, resolve, short_names
 from moejax.config.registry import Registry
 from moejax.errors import UserError, did_you_mean
 
@@ -46,7 +48,7 @@ def run(argv: list[str]) -> int:
 def rows(kind: str) -> list[dict[str, Any]]:
     """The rows of ``moejax list KIND --json``."""
     if kind == "configs":
-        return [_config_row(name, arg) for name in short_names() for arg in config_args(name)]
+        return [row for name, path in short_names().items() for row in _config_rows(name, path)]
     _, module, attribute = REGISTRIES[kind]
     registry: Registry = getattr(importlib.import_module(module), attribute)
     return [{"name": name, "summary": _summary(registry.get(name))} for name in registry]
@@ -55,6 +57,17 @@ def rows(kind: str) -> list[dict[str, Any]]:
 def config_args(name: str) -> tuple[str, ...]:
     """The arguments that the config of this short name takes; ``""`` is none."""
     return tuple(getattr(config_module(resolve(name)[0]), "ARGS", ("",)))
+
+
+def _config_rows(name: str, path: Path) -> list[dict[str, Any]]:
+    try:
+        return [_config_row(name, arg) for arg in config_args(name)]
+    except Exception as error:
+        if path.parent not in own_folders():
+            raise
+        # One of the user's own may need --import, or be half written.
+        print(f"moejax: warning: config {name!r} does not load: {error}", file=sys.stderr)
+        return []
 
 
 def _config_row(name: str, arg: str) -> dict[str, Any]:

@@ -12,7 +12,9 @@ COMMANDS = {
     "train": "train a config, or resume the run in its workdir",
     "eval": "evaluate the checkpoint of a run",
     "sample": "generate text and pictures from the checkpoint of a run",
+    "report": "one HTML file that shows a run: losses, samples, speed, config, environment",
     "inspect": "parameters (total, active), FLOPs per token, bytes and sharding per device",
+    "prepare": "make a data set from public packages or a folder of pictures",
     "list": "the configs, sources, blocks, objectives, ... that a config can name",
 }
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,16 @@ def run(argv: Sequence[str]) -> int:
         default=2.0,
         help="weight of the caption in text2image; 1 is the model alone (default: 2)",
     )
+    parser.add_argument(
+        "--denoise-steps",
+        type=int,
+        default=50,
+        help="of pictures that are latents; the temperature and filters are for text then "
+        "(default: 50)",
+    )
+    parser.add_argument(
+        "--ancestral", action="store_true", help="draw new noise at each denoising step"
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
         "--split",
@@ -70,6 +81,7 @@ def run(argv: Sequence[str]) -> int:
     from tqdm import tqdm
 
     from moejax.generate.api import check_can_sample, sampler_of
+    from moejax.generate.denoise import check_denoising
     from moejax.generate.samples import Request, sample_mode, write_outcome
     from moejax.generate.sampling import Sampling, check_sampling
     from moejax.train.load import load
@@ -83,6 +95,13 @@ def run(argv: Sequence[str]) -> int:
     aside = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
     with aside:
         loaded = load(args.workdir, args.step)
+        sampler = sampler_of(loaded)
+        if sampler.denoising is not None:
+            denoising = sampler.denoising.replace(
+                steps=args.denoise_steps, ancestral=args.ancestral
+            )
+            sampler = dataclasses.replace(sampler, denoising=check_denoising(denoising))
+            settings |= {"denoise_steps": args.denoise_steps, "ancestral": args.ancestral}
         pipeline = loaded.train_pipeline()
         folder = Path(args.workdir) / "samples" / f"step_{loaded.step}"
         about = {"run": str(args.workdir), "step": loaded.step, "split": split, **settings}
@@ -90,7 +109,7 @@ def run(argv: Sequence[str]) -> int:
         # disable=None: no bar where stderr is not a terminal.
         with tqdm(total=len(modes) * args.n, unit="sample", disable=None, leave=False) as bar:
             request = Request(
-                sampler=sampler_of(loaded),
+                sampler=sampler,
                 data=config.data,
                 split=split,
                 prompts=args.prompt,

@@ -1,23 +1,43 @@
-"""``moejax train``: trains a config, or goes on with the run in its workdir."""
+"""``moejax train``: trains a config or every point of a sweep, or goes on with what is there."""
 
+import argparse
 import contextlib
+import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from moejax.cli.common import command_parser, config_from, default_workdir, print_json
 from moejax.errors import UserError
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs the command and returns its exit code: 0 when done or stopped by a signal."""
+    """Runs the command; exit code 0 when done or stopped by a signal, 1 if a run failed."""
     parser = command_parser(
         "train",
         "Train a config. The same command goes on with a run that was stopped, also by kill -9; "
         "SIGTERM or Ctrl-C saves first.",
     )
+    parser.add_argument(
+        "--sweep",
+        nargs="?",
+        const="",
+        action="append",
+        metavar="FIELD=VALUE,VALUE",
+        help="train one point for each value, each in a folder of its own in --workdir (default: "
+        "runs/<config>_sweep); given several times: every combination. Without a value: the "
+        "points of the config file's get_hyper",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="with --sweep: print the command of each point"
+    )
     args = parser.parse(argv)
     if not args.config and not args.workdir:
         raise UserError("--config: give a config, e.g. --config quickstart")
+    if args.sweep is not None:
+        return _sweep(args)
+    if args.dry_run:
+        raise UserError("--dry-run: goes with --sweep")
     config = config_from(args)
     workdir = default_workdir(args, config)
 
@@ -34,3 +54,40 @@ def run(argv: Sequence[str]) -> int:
     if args.json:
         print_json({"workdir": str(workdir), **values})
     return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from moejax.config.sweep import hyper_points, parse_sweep, plan_sweep, product
+
+    if not args.config:
+        raise UserError("--sweep: needs --config")
+    parts = [parse_sweep(text) if text else hyper_points(args.config) for text in args.sweep]
+    points = plan_sweep(args.config, product(*parts), args.overrides)
+    name = points[0].config.about.name
+    workdir = Path(args.workdir) if args.workdir else Path("runs") / f"{name}_sweep"
+    if args.dry_run:
+        commands = [_command(args, point.overrides, workdir / point.name) for point in points]
+        if args.json:
+            print_json(commands)
+        else:
+            print("\n".join(map(shlex.join, commands)))
+        return 0
+
+    from moejax.train.sweep import run_sweep
+
+    aside = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
+    with aside:
+        rows = run_sweep(points, workdir)
+    if args.json:
+        print_json({"workdir": str(workdir), "points": rows})
+    return 1 if any(row["status"] == "failed" for row in rows) else 0
+
+
+def _command(args: argparse.Namespace, overrides: Sequence[str], workdir: Path) -> list[str]:
+    """The words of the command that trains one point alone."""
+    return [
+        *("moejax", "train", "--config", args.config),
+        *(word for name in args.imports for word in ("--import", name)),
+        *(f"--config.{override}" for override in (*args.overrides, *overrides)),
+        *("--workdir", str(workdir)),
+    ]

@@ -17,12 +17,18 @@ _BY_NAME = {"model": schema.MODEL_CONFIGS, "objective": schema.OBJECTIVE_CONFIGS
 def default_config(model: str = "decoder", objective: str = "next_token"):
     """A ConfigDict with every field at its default, to be changed by a config file."""
     made = schema.MODEL_CONFIGS.get(model, field="model.name")()
-    config = schema.Config(
+    # Group by group: what does not fit together yet is for the config file to set.
+    groups: dict = {
+        field.name: field.default_factory()
+        for field in dataclasses.fields(schema.Config)
+        if field.default_factory is not dataclasses.MISSING
+    }
+    groups.update(
         model=made,
         data=schema.DataConfig(format="tokens" if hasattr(made, "modalities") else "images"),
         objective=schema.OBJECTIVE_CONFIGS.get(objective, field="objective.name")(),
     )
-    return ml_collections.ConfigDict(to_dict(config))
+    return ml_collections.ConfigDict({name: to_dict(group) for name, group in groups.items()})
 
 
 def to_dict(config) -> dict:
@@ -76,10 +82,22 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
     if typing.get_origin(hint) is tuple:
         if isinstance(value, str) or not isinstance(value, (tuple, list)):
             value = (value,)
-        (item, *_) = typing.get_args(hint)
-        return tuple(_coerce(item, entry, f"{path}[{i}]") for i, entry in enumerate(value))
+        items = typing.get_args(hint)
+        if items[-1] is Ellipsis:
+            items = items[:1] * len(value)
+        if len(value) > len(items):
+            raise UserError(f"{path}: expected {len(items)} values, got {value!r}")
+        # One that is too short is for the dataclass to refuse.
+        return tuple(
+            _coerce(item, entry, f"{path}[{i}]")
+            for i, (item, entry) in enumerate(zip(items, value, strict=False))
+        )
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if typing.get_origin(hint) is not None or not isinstance(hint, type):
+        raise UserError(
+            f"{path}: a config field is a bool, int, float, str, tuple or dataclass, not {hint}"
+        )
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UserError(f"{path}: expected {hint.__name__}, got {value!r}")
     return value

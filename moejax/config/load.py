@@ -1,6 +1,7 @@
 """Finds a config by path or short name, applies command-line overrides, checks it."""
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,11 +21,28 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "configs"
 
 
+def own_folders() -> list[Path]:
+    """The user's own config folders: ``MOEJAX_CONFIG_PATH``, written as ``PATH`` is."""
+    words = os.environ.get("MOEJAX_CONFIG_PATH", "").split(os.pathsep)
+    folders = [Path(word).expanduser() for word in words if word]
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"MOEJAX_CONFIG_PATH: no folder {str(folder)!r}; unset or correct it")
+    return folders
+
+
 def short_names() -> dict[str, Path]:
-    """``{"quickstart": .../quickstart.py, "mot": .../papers/mot.py, ...}``."""
-    folder = config_folder()
-    files = sorted(folder.glob("*.py")) + sorted((folder / "papers").glob("*.py"))
-    return {file.stem: file for file in files if not file.stem.startswith("_")}
+    """``{"quickstart": .../quickstart.py, "mot": .../papers/mot.py, ...}``.
+
+    Where two folders hold a name, the first counts: the user's own, then the shipped ones.
+    """
+    shipped = config_folder()
+    names: dict[str, Path] = {}
+    for folder in (*own_folders(), shipped, shipped / "papers"):
+        for file in sorted(folder.glob("*.py")):
+            if not file.stem.startswith("_"):
+                names.setdefault(file.stem, file)
+    return names
 
 
 def resolve(spec: str) -> tuple[Path, str]:
@@ -64,8 +82,8 @@ def load_config_dict(spec: str, overrides: Sequence[str] = ()) -> ml_collections
             f"--config {spec}: no argument {arg!r}{did_you_mean(arg, filter(None, args))}"
         )
     config = module.get_config(arg)
-    if not config.about.name:
-        config.about.name = f"{path.stem}_{arg}" if arg else path.stem
+    # Also of a config that is made from another one.
+    config.about.name = f"{path.stem}_{arg}" if arg else path.stem
     values = flags.FlagValues()
     argv = ["moejax", *(_normalised(override, config) for override in overrides)]
     config_flags.DEFINE_config_dict(
@@ -101,19 +119,26 @@ def _normalised(override: str, config: ml_collections.ConfigDict) -> str:
 
 
 def load_config(spec: str, overrides: Sequence[str] | dict = ()) -> Config:
-    """The checked config of a file or short name.
+    """The checked config of a file or short name; ``moejax.load_config``.
+
+    For example::
+
+        config = moejax.load_config("quickstart:dense", {"train.steps": 10, "data.batch_size": 8})
+        config.model.num_layers  # a tree of frozen dataclasses (moejax.config.schema)
 
     Args:
-      spec: ``"quickstart"``, ``"mot:7b"``, ``"path/to/file.py:arg"``.
+      spec: ``"quickstart"``, ``"mot:7b"``, ``"path/to/file.py:arg"``. A short name is a file of a
+        folder in ``MOEJAX_CONFIG_PATH``, or one that comes with moejax.
       overrides: ``{"train.steps": 10}`` or ``["train.steps=10"]``.
 
     Raises:
       UserError: unknown config, argument or field, or a value that is refused.
     """
     if isinstance(overrides, dict):
-        overrides = [f"{key}={_flag_text(value)}" for key, value in overrides.items()]
+        overrides = [f"{key}={flag_text(value)}" for key, value in overrides.items()]
     return freeze(load_config_dict(spec, overrides))
 
 
-def _flag_text(value) -> str:
+def flag_text(value) -> str:
+    """``value`` as it is written after ``--config.a.b=``."""
     return repr(tuple(value)) if isinstance(value, (tuple, list)) else str(value)

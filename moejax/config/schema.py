@@ -8,27 +8,12 @@ command line); :func:`moejax.config.convert.freeze` turns it into :class:`Config
 import dataclasses
 from typing import Any
 
+from moejax.config.checks import require, require_one_of, require_positive
 from moejax.config.registry import Registry
-from moejax.errors import UserError
+from moejax.config.training import OptimConfig, TrainConfig
 
 MODEL_CONFIGS: Registry[type] = Registry("model")
 OBJECTIVE_CONFIGS: Registry[type] = Registry("objective")
-
-
-def require(condition: bool, field: str, message: str) -> None:
-    """UserError ``"field: message"`` unless ``condition``."""
-    if not condition:
-        raise UserError(f"{field}: {message}")
-
-
-def require_one_of(value: str, choices: tuple[str, ...], field: str) -> None:
-    require(value in choices, field, f"{value!r} is none of {', '.join(choices)}")
-
-
-def require_positive(config: Any, group: str, names: tuple[str, ...]) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value > 0, f"{group}.{name}", f"must be positive, got {value}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +25,42 @@ class UntieConfig:
     ffn: bool = False
     norms: bool = False
     final_norm: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentConfig:
+    """Pictures as continuous latent vectors in the sequence (Transfusion, arXiv 2408.11039)."""
+
+    # Channels of the image autoencoder's latents; 0: pictures are codes of the vocabulary.
+    channels: int = 0
+    # A token is a square of patch x patch latents.
+    patch: int = 1
+    # Cells of the autoencoder's grid, along each side.
+    grid: int = 8
+    # From patches to the model's width and back: "linear", or "unet" of this hidden width.
+    adapter: str = "linear"
+    unet_width: int = 64
+    # Patches of one picture see each other in both directions.
+    bidirectional: bool = True
+
+    def __post_init__(self):
+        require(self.channels >= 0, "model.latents.channels", "must not be negative")
+        require_positive(self, "model.latents", ("patch", "grid", "unet_width"))
+        require_one_of(self.adapter, ("linear", "unet"), "model.latents.adapter")
+        require(
+            self.grid % self.patch == 0,
+            "model.latents.patch",
+            f"{self.patch} does not divide model.latents.grid={self.grid}",
+        )
+
+    @property
+    def size(self) -> int:
+        """Numbers in a token's vector."""
+        return self.patch**2 * self.channels
+
+    @property
+    def tokens_per_image(self) -> int:
+        return (self.grid // self.patch) ** 2
 
 
 @MODEL_CONFIGS.register("decoder")
@@ -59,6 +80,7 @@ class DecoderConfig:
     # SwiGLU hidden width: one number for all modalities, or one for each.
     ffn_hidden: tuple[int, ...] = (384,)
     untie: UntieConfig = dataclasses.field(default_factory=UntieConfig)
+    latents: LatentConfig = dataclasses.field(default_factory=LatentConfig)
     # Kinds of block, cycled over the depth; first/last blocks stand outside of the cycle.
     block_pattern: tuple[str, ...] = ("untied",)
     first_blocks: tuple[str, ...] = ()
@@ -137,15 +159,13 @@ class DecoderConfig:
         return self.first_blocks + cycled + self.last_blocks
 
 
-@MODEL_CONFIGS.register("fsq_autoencoder")
 @dataclasses.dataclass(frozen=True)
-class FSQAutoencoderConfig:
-    """Image <-> grid of discrete codes by finite scalar quantisation (models/tokenizer.py)."""
+class AutoencoderConfig:
+    """What the autoencoders of pictures share (models/autoencoder.py)."""
 
-    name: str = "fsq_autoencoder"
+    name: str = ""
     image_size: int = 32
     patch_size: int = 4
-    levels: tuple[int, ...] = (8, 5, 5, 5)
     width: int = 128
     encoder_blocks: int = 2
     decoder_blocks: int = 3
@@ -161,13 +181,58 @@ class FSQAutoencoderConfig:
             "model.patch_size",
             f"{self.patch_size} does not divide model.image_size={self.image_size}",
         )
-        require(len(self.levels) > 0 and min(self.levels) > 1, "model.levels", "need levels >= 2")
         require_one_of(self.dtype, ("float32", "bfloat16", "float64"), "model.dtype")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+
+@MODEL_CONFIGS.register("fsq_autoencoder")
+@dataclasses.dataclass(frozen=True)
+class FSQAutoencoderConfig(AutoencoderConfig):
+    """Image <-> grid of discrete codes by finite scalar quantisation."""
+
+    name: str = "fsq_autoencoder"
+    levels: tuple[int, ...] = (8, 5, 5, 5)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(len(self.levels) > 0 and min(self.levels) > 1, "model.levels", "need levels >= 2")
+
+    @property
+    def encoder_features(self) -> int:
+        """Numbers that the encoder gives for each patch."""
+        return len(self.levels)
+
+
+@MODEL_CONFIGS.register("kl_autoencoder")
+@dataclasses.dataclass(frozen=True)
+class KLAutoencoderConfig(AutoencoderConfig):
+    """Image <-> grid of continuous latents with a normal posterior."""
+
+    name: str = "kl_autoencoder"
+    latent_channels: int = 8
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "model", ("latent_channels",))
+
+    @property
+    def encoder_features(self) -> int:
+        """Numbers that the encoder gives for each patch: means and logarithms of variances."""
+        return 2 * self.latent_channels
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     source: str = "builtin:emoji32"
+    # Several sources, each with its share of the records drawn; then ``source`` is not read.
+    sources: tuple[tuple[str, float], ...] = ()
+    # Where prepared sets lie (local:, tfds:).
+    data_dir: str = "~/moejax_data"
     # "tokens": packed sequences for a decoder; "images": pictures for an autoencoder.
     format: str = "tokens"
     batch_size: int = 8
@@ -175,10 +240,19 @@ class DataConfig:
     image_size: int = 32
     languages: tuple[str, ...] = ("en",)
     caption: str = "name"
+    # Art styles of local:emoji3m; () takes all.
+    styles: tuple[str, ...] = ()
+    # Which features of a tfds: set are picture, text and label; "" leaves one out.
+    image_feature: str = "image"
+    text_feature: str = "text"
+    label_feature: str = "label"
+    # Versions of each training picture: the picture itself, and moved, shrunk, mirrored ones.
+    variants: int = 1
     text_tokenizer: str = "builtin:bpe4096"
     image_tokenizer: str = "builtin:fsq"
-    # Which of caption and picture comes first in a sequence.
+    # What comes first in a sequence; "random" draws it for each record, the text so often.
     order: str = "random"
+    text_first_share: float = 0.5
     # Fraction of training records whose caption is left out, for classifier-free guidance.
     drop_text: float = 0.1
     seed: int = 0
@@ -186,14 +260,25 @@ class DataConfig:
     prefetch: int = 2
 
     def __post_init__(self):
-        require_positive(self, "data", ("batch_size", "sequence_length", "image_size"))
+        names = ("batch_size", "sequence_length", "image_size", "variants")
+        require_positive(self, "data", names)
         require_one_of(self.format, ("tokens", "images"), "data.format")
         require_one_of(self.order, ("random", "text_first", "image_first"), "data.order")
         require_one_of(self.caption, ("name", "keywords"), "data.caption")
-        require(0 <= self.drop_text <= 1, "data.drop_text", "must be in [0, 1]")
+        for name in ("drop_text", "text_first_share"):
+            require(0 <= getattr(self, name) <= 1, f"data.{name}", "must be in [0, 1]")
         require(self.prefetch >= 0, "data.prefetch", "must not be negative")
         require(len(self.languages) > 0, "data.languages", "name at least one language")
         require(":" in self.source, "data.source", f"{self.source!r} is not KIND:NAME")
+        for entry in self.sources:
+            require(
+                len(entry) == 2 and ":" in str(entry[0]) and entry[1] > 0,
+                "data.sources",
+                f"{entry!r} is not (KIND:NAME, positive weight)",
+            )
+        require(
+            not self.sources or self.format == "tokens", "data.sources", "needs data.format=tokens"
+        )
 
 
 @OBJECTIVE_CONFIGS.register("next_token")
@@ -208,6 +293,31 @@ class NextTokenConfig:
         require(self.z_loss >= 0, "objective.z_loss", "must not be negative")
 
 
+@OBJECTIVE_CONFIGS.register("transfusion")
+@dataclasses.dataclass(frozen=True)
+class TransfusionConfig:
+    """Next text token, and denoising of the pictures' latents (objectives/transfusion.py)."""
+
+    name: str = "transfusion"
+    # "ddpm" predicts the noise on the cosine schedule, "flow" the velocity of straight paths.
+    process: str = "ddpm"
+    # lambda of L = L_LM + lambda * L_image.
+    image_weight: float = 5.0
+    z_loss: float = 0.0
+    # Most noise in a picture that comes before its text, as a share of all times.
+    max_time_image_first: float = 1.0
+
+    def __post_init__(self):
+        require_one_of(self.process, ("ddpm", "flow"), "objective.process")
+        for name in ("image_weight", "z_loss"):
+            require(getattr(self, name) >= 0, f"objective.{name}", "must not be negative")
+        require(
+            0 < self.max_time_image_first <= 1,
+            "objective.max_time_image_first",
+            "must be in (0, 1]",
+        )
+
+
 @OBJECTIVE_CONFIGS.register("autoencode")
 @dataclasses.dataclass(frozen=True)
 class AutoencodeConfig:
@@ -216,40 +326,12 @@ class AutoencodeConfig:
     name: str = "autoencode"
     l1: float = 0.1
     l2: float = 1.0
+    # Divergence of the posterior from the standard normal, of models that have one.
+    kl: float = 0.0
 
     def __post_init__(self):
-        require(min(self.l1, self.l2) >= 0, "objective.l1", "weights must not be negative")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    name: str = "adamw"
-    learning_rate: float = 1e-3
-    schedule: str = "cosine"
-    warmup_steps: int = 20
-    # Last learning rate as a fraction of the peak, and the share of steps that wsd decays over.
-    final_fraction: float = 0.1
-    decay_fraction: float = 0.2
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    # Parameters whose path matches one of these is not decayed (see train/optim.py).
-    no_decay: tuple[str, ...] = ("norm", "bias", "scale", "router")
-    clip_norm: float = 1.0
-    accumulation_steps: int = 1
-    # 0 keeps no moving average.
-    ema_decay: float = 0.0
-
-    def __post_init__(self):
-        require_positive(self, "optim", ("learning_rate", "eps", "accumulation_steps"))
-        schedules = ("cosine", "linear", "constant", "wsd")
-        require_one_of(self.schedule, schedules, "optim.schedule")
-        for name in ("warmup_steps", "weight_decay", "clip_norm", "final_fraction"):
-            require(getattr(self, name) >= 0, f"optim.{name}", "must not be negative")
-        for name in ("b1", "b2", "ema_decay"):
-            require(0 <= getattr(self, name) < 1, f"optim.{name}", "must be in [0, 1)")
-        require(0 < self.decay_fraction <= 1, "optim.decay_fraction", "must be in (0, 1]")
+        for name in ("l1", "l2", "kl"):
+            require(getattr(self, name) >= 0, f"objective.{name}", "must not be negative")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,29 +357,11 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    steps: int = 200
-    seed: int = 0
-    checkpoint_every: int = 100
-    checkpoint_keep: int = 2
-    # Stop after so many steps in a row whose gradient is not finite.
-    max_skipped: int = 10
-    compilation_cache_dir: str = ""
-    # A jax.profiler trace of profile_steps steps from profile_start on; 0 steps: none.
-    profile_start: int = 10
-    profile_steps: int = 0
-
-    def __post_init__(self):
-        names = ("steps", "checkpoint_every", "checkpoint_keep", "max_skipped")
-        require_positive(self, "train", names)
-        require(self.seed >= 0, "train.seed", "must not be negative")
-        require(self.profile_steps >= 0, "train.profile_steps", "must not be negative")
-
-
-@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     # Steps between evaluations while training; 0 evaluates after the last step only.
     every: int = 0
+    # Evaluators: NAME, NAME@SPLIT or NAME@SPLIT/EVERY where split and every are to be others than
+    # the two fields here; the values of another split are called eval/SPLIT/...
     metrics: tuple[str, ...] = ("likelihood",)
     split: str = "val"
     # Batches per evaluation; 0 is the whole split.
@@ -305,9 +369,17 @@ class EvalConfig:
     # The checkpoint with the lowest value of this metric is kept too (with a minus sign in front,
     # as in "-psnr", the highest); "" keeps the newest only.
     best_metric: str = ""
+    # The run stops after so many evaluations in a row without a better best_metric; 0: never.
+    patience: int = 0
 
     def __post_init__(self):
         require(self.every >= 0, "eval.every", "must not be negative")
+        require(self.patience >= 0, "eval.patience", "must not be negative")
+        require(
+            not self.patience or self.best_metric.strip("-") != "",
+            "eval.patience",
+            "needs eval.best_metric, the value that is to get better",
+        )
         require(self.batches >= 0, "eval.batches", "must not be negative")
         require_one_of(self.split, ("train", "val", "test"), "eval.split")
 
@@ -315,7 +387,10 @@ class EvalConfig:
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     every: int = 10
+    # Writers beside metrics.jsonl, each an extra: pip install 'moejax[tensorboard,wandb]'.
     tensorboard: bool = False
+    wandb: bool = False
+    wandb_project: str = "moejax"
 
     def __post_init__(self):
         require_positive(self, "log", ("every",))
@@ -362,8 +437,17 @@ class Config:
             "data.format",
             f"model {self.model.name!r} reads no token sequences; use data.format=images",
         )
+        objective = self.objective.name
         require(
-            self.data.format == "tokens" or self.objective.name != "next_token",
+            self.data.format == "tokens" or objective not in ("next_token", "transfusion"),
             "data.format",
-            f"objective 'next_token' needs tokens, got {self.data.format!r}",
+            f"objective {objective!r} needs tokens, got {self.data.format!r}",
         )
+        if hasattr(self.model, "latents"):
+            continuous = self.model.latents.channels > 0
+            require(
+                continuous == (objective == "transfusion"),
+                "objective.name",
+                f"{objective!r} does not fit model.latents.channels="
+                f"{self.model.latents.channels}; 'transfusion' needs latents, 'next_token' codes",
+            )

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,14 @@ from moejax.errors import UserError, did_you_mean
 FOLDER = Path(__file__).parent / "builtin"
 CAPTIONS = ("name", "keywords")
 MAX_KEYWORDS = 5
+# Pictures that mean another thing, or show letters, when mirrored: these categories, and English
+# names with one of these words.
+ONE_WAY_CATEGORIES = ("Flags", "Symbols")
+ONE_WAY_WORDS = re.compile(
+    r"\b(left|right|clockwise|o.clock|thirty|moon|globe|map|chart|sign|points|zzz|calendar|"
+    r"newspaper|medal|bank|store|station|office|ATM|violin|guitar|banjo)\b",
+    re.IGNORECASE,
+)
 
 
 @functools.cache
@@ -44,6 +53,11 @@ def compose_caption(name: str, keywords: list[str], caption: str) -> str:
         return name
     others = [word for word in keywords if word.casefold() != name.casefold()]
     return f"{name}: {', '.join(others[:MAX_KEYWORDS])}" if others else name
+
+
+def may_mirror(english_name: str, category: str) -> bool:
+    """Whether the mirrored picture of an emoji still shows what its name says."""
+    return category not in ONE_WAY_CATEGORIES and not ONE_WAY_WORDS.search(english_name)
 
 
 class EmojiSource:
@@ -96,6 +110,7 @@ class EmojiSource:
             text=text,
             label=self.categories.index(row["category"]),
             family=row["family"],
+            mirror=may_mirror(row["names"]["en"], row["category"]),
         )
 
     def text_at(self, index: int) -> str:

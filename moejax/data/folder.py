@@ -13,7 +13,11 @@ import hashlib
 import json
 import os
 import posixpath
+from collections.abc import Collection
 from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
 
 from moejax.data.images import decode_image, decode_images
 from moejax.data.records import SPLITS, Record
@@ -58,20 +62,17 @@ class FolderSource:
         self.image_size = image_size
         self._folder = Path(rest).expanduser()
         captions = self._folder / CAPTIONS_FILE
-        content = _read_captions(self._folder)
-        rows = _parse_rows(content, captions)
-        _fill_splits(rows, captions)
+        rows, content = read_rows(self._folder)
         self._rows = [row for row in rows if row.split == split]
         if not self._rows:
             raise UserError(
                 f'{captions}: no row has the split "{split}"; give it to some rows, '
                 'or take "split" out of the rows to have them divided'
             )
-        paths = list(dict.fromkeys(row.image for row in rows))
         needed = set(row.image for row in self._rows)
         keep = len(needed) * 3 * image_size**2 <= MAX_BYTES_IN_MEMORY
-        self._images, digest = decode_images(
-            self._folder, paths, image_size, _where(rows, captions), keep=needed if keep else set()
+        self._images, digest = read_pictures(
+            self._folder, rows, image_size, keep=needed if keep else set()
         )
         options = [split, image_size, hashlib.sha256(content).hexdigest(), digest]
         self.version = hashlib.sha256(str(options).encode()).hexdigest()[:16]
@@ -93,9 +94,24 @@ class FolderSource:
         return self._rows[index].text
 
 
-def _where(rows: list[Row], captions: Path) -> dict[str, str]:
-    """Image path -> ``FILE line N``, the first line that names it."""
-    return {row.image: f"{captions} line {row.line}" for row in reversed(rows)}
+def read_rows(folder: Path) -> tuple[list[Row], bytes]:
+    """The checked rows of a folder, each with its split, and the bytes of its captions.jsonl."""
+    captions = folder / CAPTIONS_FILE
+    content = _read_captions(folder)
+    rows = _parse_rows(content, captions)
+    _fill_splits(rows, captions)
+    return rows, content
+
+
+def read_pictures(
+    folder: Path, rows: list[Row], image_size: int, keep: Collection[str]
+) -> tuple[dict[str, UInt8[np.ndarray, "size size 3"]], str]:
+    """Decodes every picture of ``rows``; see moejax.data.images.decode_images."""
+    captions = folder / CAPTIONS_FILE
+    paths = list(dict.fromkeys(row.image for row in rows))
+    # The first line that names a picture is the one to mend.
+    where = {row.image: f"{captions} line {row.line}" for row in reversed(rows)}
+    return decode_images(folder, paths, image_size, where, keep=keep)
 
 
 def _read_captions(folder: Path) -> bytes:

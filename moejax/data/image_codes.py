@@ -1,4 +1,4 @@
-"""Image codes of a source by a frozen image tokenizer, kept on disk by content."""
+"""What a frozen image tokenizer makes of a source's pictures, kept on disk by content."""
 
 import hashlib
 import os
@@ -9,17 +9,26 @@ from typing import Protocol
 import numpy as np
 
 from moejax.data.sources import RecordSource
+from moejax.data.variants import variant
 
 
 class ImageCodec(Protocol):
-    """A frozen image tokenizer (moejax.models.tokenizer has one)."""
+    """A frozen image tokenizer (moejax.models.tokenizer has one).
 
-    num_codes: int
-    codes_per_image: int
-    version: str
+    ``num_codes`` is 0 for one that gives latent vectors (moejax.data.latents.PatchCodec).
+    """
+
+    @property
+    def num_codes(self) -> int: ...
+
+    @property
+    def codes_per_image(self) -> int: ...
+
+    @property
+    def version(self) -> str: ...
 
     def encode(self, images: np.ndarray) -> np.ndarray:
-        """uint8 [n, h, w, 3] -> i32 [n, codes_per_image]."""
+        """uint8 [n, h, w, 3] -> codes i32 [n, codes_per_image], or f32 [n, codes_per_image, z]."""
         ...
 
 
@@ -31,32 +40,45 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moejax"
 
 
-def image_codes(source: RecordSource, codec: ImageCodec) -> Callable[[int], np.ndarray]:
-    """A function from record index to its image's codes [codes_per_image] i32.
+def image_codes(
+    source: RecordSource, codec: ImageCodec, variants: int = 1, seed: int = 0
+) -> Callable[[int, int], np.ndarray | None]:
+    """A function (record index, variant) -> what ``codec`` makes of it; None without a picture.
 
-    Records that share a picture share its codes. All pictures are encoded once and stored under
-    the hash of pictures and tokenizer; nothing else decides the codes, as nothing augments here.
+    Codes are [codes_per_image] i32, latent vectors [codes_per_image, z] f16. Records that share a
+    picture share them. All variants of all pictures (moejax.data.variants) are encoded once and
+    stored under the hash of pictures and tokenizer.
     """
-    images, which = _distinct_images(source)
+    images, which = _distinct_images(source, variants, seed)
+    if not len(images):
+        return lambda record, number=0: None
     key = hashlib.sha256(codec.version.encode() + images.tobytes()).hexdigest()[:24]
     path = cache_folder() / "image_codes" / f"{key}.npy"
     codes = _read(path, (len(images), codec.codes_per_image))
     if codes is None:
-        codes = np.asarray(codec.encode(images), np.int32)
+        codes = np.asarray(codec.encode(images))
+        codes = codes.astype(np.int32 if codec.num_codes else np.float16)
         _write(path, codes)
-    return lambda record: codes[which[record]]
+    return lambda record, number=0: None if which[record] < 0 else codes[which[record] + number]
 
 
-def _distinct_images(source: RecordSource) -> tuple[np.ndarray, np.ndarray]:
+def _distinct_images(
+    source: RecordSource, variants: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(all variants of each picture side by side, where those of each record begin or -1)."""
     images, which, seen = [], [], {}
     for index in range(len(source)):
-        image = source[index]["image"]
-        key = image.tobytes()
+        record = source[index]
+        image, mirror = record.get("image"), record.get("mirror", False)
+        if image is None:
+            which.append(-1)
+            continue
+        key = image.tobytes(), mirror
         if key not in seen:
             seen[key] = len(images)
-            images.append(image)
+            images += [variant(image, number, seed, mirror) for number in range(variants)]
         which.append(seen[key])
-    return np.stack(images), np.asarray(which)
+    return np.stack(images) if images else np.zeros(0), np.asarray(which)
 
 
 def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
@@ -64,7 +86,7 @@ def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:
         codes = np.load(path)
     except (OSError, ValueError):
         return None
-    return codes if codes.shape == shape else None
+    return codes if codes.shape[:2] == shape else None
 
 
 def _write(path: Path, codes: np.ndarray) -> None:

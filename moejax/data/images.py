@@ -7,11 +7,15 @@ import sys
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import UInt8
 
 from moejax.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FORMATS = ("PNG", "JPEG")
 # Seconds of checking before a progress bar appears.
@@ -36,6 +40,13 @@ def decode_image(content: bytes, size: int) -> UInt8[np.ndarray, "size size 3"]:
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith("I"):  # 16 bits of grey, which convert would clip, not scale.
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    return fit_image(picture, size)
+
+
+def fit_image(picture: "Image.Image", size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """RGB of a Pillow picture: on white, padded to a square, resized to ``size``."""
+    from PIL import Image
+
     picture = picture.convert("RGBA")
     side = max(picture.size)
     canvas = Image.new("RGBA", (side, side), "white")

@@ -3,13 +3,15 @@
 A package of the user's own adds a kind with one decorated function::
 
     @SOURCES.register("mine")
-    def open_mine(rest, split, *, image_size, languages, caption) -> RecordSource: ...
+    def open_mine(rest: str, split: str, data: DataConfig) -> RecordSource: ...
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from moejax.config.registry import Registry
+from moejax.config.schema import DataConfig
 from moejax.data.records import SPLITS, Record
 from moejax.errors import UserError, did_you_mean
 
@@ -35,25 +37,20 @@ class RecordSource(Protocol):
         ...
 
 
-SOURCES: Registry[Callable[..., RecordSource]] = Registry("data source")
+# kind -> function(rest of the spec, split, config.data) -> RecordSource
+SOURCES: Registry[Callable[[str, str, DataConfig], RecordSource]] = Registry("data source")
 
 
 def open_source(
-    spec: str,
-    split: str,
-    *,
-    image_size: int = 32,
-    languages: tuple[str, ...] = ("en",),
-    caption: str = "name",
+    spec: str, split: str, data: DataConfig | None = None, **fields: Any
 ) -> RecordSource:
     """Opens ``spec`` and checks all of it, so that no later step meets a bad record.
 
     Args:
       spec: ``KIND:REST``, e.g. ``builtin:emoji32`` or ``folder:photos``.
       split: ``train``, ``val`` or ``test``.
-      image_size: height and width of the images.
-      languages: of the built-in set's texts; other kinds may have only one text per image.
-      caption: ``name``, or ``keywords`` for the name and up to five keywords (built-in set only).
+      data: the options of the config; each kind reads those that concern it.
+      **fields: of ``data``, to replace, e.g. ``languages=("de",)``.
 
     Raises:
       UserError: no such kind, split or option, or data that cannot be used.
@@ -63,30 +60,59 @@ def open_source(
         raise UserError(f"data.source: {spec!r} is not KIND:NAME, such as 'builtin:emoji32'")
     if split not in SPLITS:
         raise UserError(f"no split {split!r}{did_you_mean(split, SPLITS)}")
-    if image_size < 1:
-        raise UserError(f"data.image_size: {image_size} is not a size; it must be 1 or more")
-    opener = SOURCES.get(kind, field="data.source")
-    return opener(rest, split, image_size=image_size, languages=tuple(languages), caption=caption)
+    options = dataclasses.replace(data or DataConfig(), source=spec, **fields)
+    return SOURCES.get(kind, field="data.source")(rest, split, options)
 
 
 @SOURCES.register("builtin")
-def open_builtin(
-    rest: str, split: str, *, image_size: int, languages: tuple[str, ...], caption: str
-) -> RecordSource:
+def open_builtin(rest: str, split: str, data: DataConfig) -> RecordSource:
     """The data sets that come with moejax; so far ``emoji32``."""
     from moejax.data.emoji import EmojiSource
 
     if rest != "emoji32":
         raise UserError(f"data.source: no built-in set {rest!r}{did_you_mean(rest, ['emoji32'])}")
-    return EmojiSource(split, image_size=image_size, languages=languages, caption=caption)
+    return EmojiSource(
+        split, image_size=data.image_size, languages=data.languages, caption=data.caption
+    )
 
 
 @SOURCES.register("folder")
-def open_folder(
-    rest: str, split: str, *, image_size: int, languages: tuple[str, ...], caption: str
-) -> RecordSource:
+def open_folder(rest: str, split: str, data: DataConfig) -> RecordSource:
     """A folder of pictures with ``captions.jsonl``; its one text per row is used as it is."""
     from moejax.data.folder import FolderSource
 
-    del languages, caption
-    return FolderSource(rest, split, image_size=image_size)
+    return FolderSource(rest, split, image_size=data.image_size)
+
+
+@SOURCES.register("tfds")
+def open_tfds(rest: str, split: str, data: DataConfig) -> RecordSource:
+    """A set of TensorFlow Datasets under ``data.data_dir``, prepared as ArrayRecord."""
+    from moejax.data.tfds_source import TfdsSource
+
+    return TfdsSource(rest, split, data)
+
+
+@SOURCES.register("fashion_mnist")
+def open_fashion_mnist(rest: str, split: str, data: DataConfig) -> RecordSource:
+    """Fashion-MNIST: ``default`` is Debian's package, else a folder of its four idx.gz files."""
+    from moejax.data.fashion_mnist import FashionMnistSource
+
+    return FashionMnistSource(rest, split, image_size=data.image_size)
+
+
+@SOURCES.register("local")
+def open_local(rest: str, split: str, data: DataConfig) -> RecordSource:
+    """A set under ``data.data_dir`` that `moejax prepare` made, such as emoji3m."""
+    from moejax.data.local import open_local_set
+
+    return open_local_set(rest, split, data)
+
+
+@SOURCES.register("arrayrecord")
+def open_arrayrecord(rest: str, split: str, data: DataConfig) -> RecordSource:
+    """The folder of a prepared set, wherever it lies."""
+    from pathlib import Path
+
+    from moejax.data.local import PreparedSource
+
+    return PreparedSource(f"arrayrecord:{rest}", Path(rest).expanduser(), split, data)

@@ -17,12 +17,14 @@ from jaxtyping import UInt8
 
 from moejax.config.schema import Config
 from moejax.data.text_tokenizer import TextTokenizer, load_text_tokenizer
-from moejax.data.vocabulary import BOI, BOS, EOI, EOS, Vocabulary
+from moejax.data.token_pipeline import make_vocabulary
+from moejax.data.vocabulary import BOI, BOS, EOI, EOS, PATCH, Vocabulary
 from moejax.errors import UserError
+from moejax.generate.denoise import Denoising, check_denoising, denoise_pictures
 from moejax.generate.generate import generate
 from moejax.generate.grammar import IMAGE_ONLY, TEXT_ONLY, Grammar
 from moejax.generate.sampling import Sampling, check_sampling
-from moejax.models.tokenizer import ImageCodec, load_image_codec
+from moejax.models.picture_codec import load_picture_codec
 
 # A part of an interleaved sequence: text, or a picture [h, w, 3] uint8.
 Part = str | np.ndarray
@@ -37,8 +39,9 @@ class Sampler:
       params: its parameters.
       vocabulary: ids of its tokens.
       text_tokenizer: text to ids and back.
-      image_codec: pictures to codes and back.
+      image_codec: pictures to codes and back, or to patches of latents.
       sequence_length: the longest sequence that it was trained on.
+      denoising: how pictures that are latents are drawn; None for pictures of codes.
       batch_size: the most rows sampled at once; results do not depend on it.
     """
 
@@ -46,8 +49,9 @@ class Sampler:
     params: Any
     vocabulary: Vocabulary
     text_tokenizer: TextTokenizer
-    image_codec: ImageCodec
+    image_codec: Any
     sequence_length: int
+    denoising: Denoising | None = None
     batch_size: int = 16
 
     @property
@@ -66,10 +70,15 @@ class Sampler:
             )
         return ids
 
-    def encode_image(self, image: UInt8[np.ndarray, "h w 3"]) -> list[int]:
-        """BOI, vocabulary ids of the picture's codes, EOI."""
-        codes = self.image_codec.encode(np.asarray(image)[None])[0]
-        return [BOI, *self.vocabulary.image_ids(codes).tolist(), EOI]
+    def encode_images(
+        self, images: UInt8[np.ndarray, "n h w 3"]
+    ) -> tuple[list[list[int]], list[np.ndarray] | None]:
+        """For each picture: BOI, its tokens, EOI; and its patches of latents where it has them."""
+        codes = self.image_codec.encode(np.asarray(images))
+        if self.denoising is None:
+            rows = self.vocabulary.image_ids(codes).tolist()
+            return [[BOI, *row, EOI] for row in rows], None
+        return [[BOI, *[PATCH] * len(row), EOI] for row in codes], list(codes)
 
     def decode_text(self, tokens) -> str:
         """The text of the text tokens among ``tokens``."""
@@ -97,15 +106,16 @@ def sampler_of(loaded: Any) -> Sampler:
     """The sampler of a ``moejax.train.load.Loaded``."""
     config: Config = loaded.config
     check_can_sample(config)
-    codec = load_image_codec(config.data.image_tokenizer)
+    codec = load_picture_codec(config)
     tokenizer = load_text_tokenizer(config.data.text_tokenizer)
     return Sampler(
         model=loaded.model,
         params=loaded.params,
-        vocabulary=Vocabulary(tokenizer.size, codec.num_codes, codec.codes_per_image),
+        vocabulary=make_vocabulary(config, tokenizer.size, codec),
         text_tokenizer=tokenizer,
         image_codec=codec,
         sequence_length=config.data.sequence_length,
+        denoising=Denoising(config.objective.process) if codec.num_codes == 0 else None,
     )
 
 
@@ -116,6 +126,8 @@ def check_can_sample(config: Config) -> None:
             f"model.name={config.model.name}: cannot be sampled from; sample needs a model of "
             "sequences (data.format=tokens)"
         )
+    if "image" not in config.model.modalities:
+        raise UserError(f"model.modalities={config.model.modalities}: sample needs 'image'")
 
 
 def sample_images(
@@ -140,7 +152,9 @@ def sample_images(
     """
     sampling = check_sampling(sampling or Sampling())
     prompts = [[BOS, *sampler.encode_text(caption), BOI] for caption in captions]
-    guided = sampling.guidance != 1 and any(captions)
+    guided = bool(sampling.guidance != 1) and any(captions)
+    if sampler.denoising is not None:
+        return _denoised_images(sampler, prompts, guided, sampling, seed, progress)
     rows = _in_batches(
         sampler,
         prompts,
@@ -169,19 +183,44 @@ def caption_images(
     The other arguments are those of :func:`sample_images`.
     """
     sampling = check_sampling(sampling or Sampling())
-    codes = sampler.image_codec.encode(np.asarray(images))
-    prompts = [[BOS, BOI, *row, EOI] for row in sampler.vocabulary.image_ids(codes).tolist()]
+    limit = min(max_text_tokens, sampler.text_room)
+    pictures, latents = sampler.encode_images(images)
+    prompts = [[BOS, *picture] for picture in pictures]
     rows = _in_batches(
         sampler,
         prompts,
         grammar=TEXT_ONLY,
-        max_new_tokens=min(max_text_tokens, sampler.text_room) + 1,
+        max_new_tokens=limit + 1,
         sampling=sampling,
         seed=seed,
         unconditional=None,
+        latents=latents,
         progress=progress,
     )
-    return [sampler.decode_text(row) for row in rows]
+    # A row that did not come to its EOS has a token in its place.
+    return [sampler.decode_text(row[:limit]) for row in rows]
+
+
+def _denoised_images(
+    sampler: Sampler,
+    prompts: list[list[int]],
+    guided: bool,
+    sampling: Sampling,
+    seed: int,
+    progress: Callable[[int], Any] | None,
+) -> UInt8[np.ndarray, "n h w 3"]:
+    assert sampler.denoising is not None
+    patches = _in_batches(
+        sampler,
+        prompts,
+        run=denoise_pictures,
+        denoising=check_denoising(sampler.denoising),
+        guidance=float(sampling.guidance),
+        seed=seed,
+        unconditional=[BOS, BOI] if guided else None,
+        progress=progress,
+    )
+    return sampler.image_codec.decode(np.stack(patches))
 
 
 def continue_parts(
@@ -207,19 +246,18 @@ def continue_parts(
       UserError: the prompts and ``max_new_tokens`` are longer than ``sequence_length``.
     """
     sampling = check_sampling(sampling or Sampling())
-    rows = []
-    for parts in prompts:
-        row = [BOS]
-        for part in parts:
-            is_text = isinstance(part, str)
-            row += sampler.encode_text(part) if is_text else sampler.encode_image(part)
-        rows.append(row)
+    prompts_of_parts = [_prompt_of(sampler, parts) for parts in prompts]
+    rows = [tokens for tokens, _ in prompts_of_parts]
     longest = max(map(len, rows))
     room = sampler.sequence_length - longest
     if room < 1 or (max_new_tokens or 0) > room:
         raise UserError(
             f"prompt: is {longest} tokens long, which leaves {max(room, 0)} of "
             f"data.sequence_length={sampler.sequence_length} for {max_new_tokens or 'any'} more"
+        )
+    if sampler.denoising is not None:
+        return _continue_with_latents(
+            sampler, prompts_of_parts, images, max_new_tokens or room, sampling, seed
         )
     written = _in_batches(
         sampler,
@@ -232,6 +270,73 @@ def continue_parts(
         progress=None,
     )
     return [split_parts(sampler, row) for row in written]
+
+
+def _prompt_of(sampler: Sampler, parts: Sequence[Part]) -> tuple[list[int], np.ndarray]:
+    """The tokens of interleaved parts, and the latents of their pictures one after another."""
+    row, latents = [BOS], []
+    for part in parts:
+        if isinstance(part, str):
+            row += sampler.encode_text(part)
+            continue
+        (tokens,), patches = sampler.encode_images(part[None])
+        row += tokens
+        latents += [] if patches is None else patches
+    size = getattr(sampler.image_codec, "size", 0)
+    return row, np.concatenate(latents) if latents else np.zeros((0, size), np.float32)
+
+
+def _continue_with_latents(
+    sampler: Sampler,
+    prompts: list[tuple[list[int], np.ndarray]],
+    images: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+) -> list[list[Part]]:
+    """Text up to a BOI, a picture denoised in its place, text again, ... (Transfusion, 3.3)."""
+    assert sampler.denoising is not None
+    rows, latents = [list(row) for row, _ in prompts], [patches for _, patches in prompts]
+    parts: list[list[Part]] = [[] for _ in rows]
+    longest = max(map(len, rows)) + max_new_tokens
+    active = list(range(len(rows)))
+    for stage in range(images + 1):
+        room = longest - max(len(rows[i]) for i in active)
+        if room < 1:
+            break
+        # Each stage draws anew, whatever the stages before it drew.
+        stage_seed = int(np.random.SeedSequence([seed, stage]).generate_state(1)[0]) >> 1
+        shared = {"seed": stage_seed, "unconditional": None, "progress": None}
+        written = _in_batches(
+            sampler,
+            [rows[i] for i in active],
+            latents=[latents[i] for i in active],
+            grammar=Grammar(images=images - stage),
+            max_new_tokens=room,
+            sampling=sampling,
+            **shared,
+        )
+        for i, tokens in zip(active, written, strict=True):
+            rows[i] += tokens.tolist()
+            if sampler.vocabulary.to_text_ids(tokens).size:
+                parts[i].append(sampler.decode_text(tokens))
+        active = [i for i in active if rows[i][-1] == BOI]
+        if not active:
+            break
+        drawn = _in_batches(
+            sampler,
+            [rows[i] for i in active],
+            run=denoise_pictures,
+            latents=[latents[i] for i in active],
+            denoising=sampler.denoising,
+            **shared,
+        )
+        pictures = sampler.image_codec.decode(np.stack(drawn))
+        for i, patches, picture in zip(active, drawn, pictures, strict=True):
+            rows[i] += [PATCH] * len(patches) + [EOI]
+            latents[i] = np.concatenate([latents[i], patches])
+            parts[i].append(picture)
+    return parts
 
 
 def split_parts(sampler: Sampler, tokens: Iterable[int]) -> list[Part]:
@@ -261,25 +366,36 @@ def _in_batches(
     *,
     unconditional: list[int] | None,
     progress: Callable[[int], Any] | None,
+    run: Callable[..., Any] | None = None,
+    latents: list[np.ndarray] | None = None,
     **options: Any,
 ) -> list[np.ndarray]:
-    """The tokens written after each prompt; every batch has the shape of the first."""
+    """What ``run`` (default: the tokens that are written) makes of each prompt.
+
+    Every batch has the shape of the first.
+    """
     size = min(sampler.batch_size, len(prompts))
     rows: list[np.ndarray] = []
     for start in range(0, len(prompts), max(size, 1)):
-        chunk = prompts[start : start + size]
         # Rows do not depend on each other, so the last batch is filled up with any.
-        filled = chunk + [chunk[0]] * (size - len(chunk))
-        result = generate(
+        chosen = [start + i if start + i < len(prompts) else start for i in range(size)]
+        result = (run or _write)(
             sampler.model,
             sampler.params,
             sampler.vocabulary,
-            filled,
+            [prompts[i] for i in chosen],
             row_ids=range(start, start + size),
             unconditional=None if unconditional is None else [unconditional] * size,
+            latents=None if latents is None else [latents[i] for i in chosen],
             **options,
         )
-        rows += [result.row(i) for i in range(len(chunk))]
+        count = min(size, len(prompts) - start)
+        rows += list(result[:count])
         if progress is not None:
-            progress(len(chunk))
+            progress(count)
     return rows
+
+
+def _write(*args: Any, **options: Any) -> list[np.ndarray]:
+    result = generate(*args, **options)
+    return [result.row(i) for i in range(len(result.lengths))]

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float, Int32
 
-from moejax.data.vocabulary import PAD, Vocabulary
+from moejax.data.vocabulary import BOI, KINDS, PAD, PATCH, Vocabulary
 from moejax.generate.cache import KVCache, init_cache, write_rows
 from moejax.generate.grammar import (
     Grammar,
@@ -54,6 +54,7 @@ def generate(
     seed: int = 0,
     row_ids: Sequence[int] | None = None,
     unconditional: Sequence[Sequence[int]] | None = None,
+    latents: Sequence[np.ndarray] | None = None,
 ) -> Generated:
     """Continues each prompt, all in one batch; compiles once for each shape.
 
@@ -72,6 +73,9 @@ def generate(
       row_ids: number of each row, by default 0, 1, ...
       unconditional: for guidance, each row's prompt without the condition; costs a second row.
         Without it ``sampling.guidance`` has no effect.
+      latents: of a model whose pictures are latents, the clean patches of each prompt's pictures,
+        [patches, z] in the order of their PATCH tokens. Such a model's row ends at a BOI, too:
+        what follows is denoised, not written (moejax.generate.denoise).
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("generate needs at least one prompt, and no empty one")
@@ -92,6 +96,7 @@ def generate(
         row_keys(seed, np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)),
         sampling or Sampling(),
         grammar,
+        None if latents is None else place_latents(tokens, latents, model.config.latents.size),
         max_new_tokens=max_new_tokens,
         branches=1 if unconditional is None else 2,
     )
@@ -108,10 +113,26 @@ def pad_prompts(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarra
     return tokens, lengths
 
 
+def place_latents(
+    tokens: Int32[np.ndarray, "b t"], latents: Sequence[np.ndarray], size: int
+) -> Float[np.ndarray, "b t z"]:
+    """The patches of each row at its PATCH tokens, zeros elsewhere; ``size`` is z."""
+    placed = np.zeros((*tokens.shape, size), np.float32)
+    for row, patches in enumerate(latents):
+        placed[row, tokens[row] == PATCH] = np.reshape(patches, (-1, size))
+    return placed
+
+
 def prefill(
-    model: Any, params: Any, vocabulary: Vocabulary, tokens_bt, length_b, capacity: int
+    model: Any,
+    params: Any,
+    vocabulary: Vocabulary,
+    tokens_bt,
+    length_b,
+    capacity: int,
+    latents_btz=None,
 ) -> tuple[jax.Array, KVCache]:
-    """Reads the prompts in one forward.
+    """Reads the prompts in one forward, their pictures as clean latents where there are any.
 
     Returns:
       (logits [b, v] after the last token of each row, cache of ``capacity`` slots).
@@ -119,6 +140,10 @@ def prefill(
     b, t = tokens_bt.shape
     assert t <= capacity, f"{capacity} slots do not hold prompts of {t}"
     batch = _batch(model, vocabulary, tokens_bt, jnp.zeros_like(length_b), length_b)
+    if latents_btz is not None:
+        picture_bt = jnp.cumsum(tokens_bt == BOI, axis=1)
+        batch["image_id"] = jnp.where(tokens_bt == PATCH, picture_bt, 0).astype(jnp.int32)
+        batch["latents"] = latents_btz
     out = model.apply({"params": params}, batch, train=False)
     cache = write_rows(init_cache(model, params, b, capacity), out.rows, length_b)
     return out.logits[jnp.arange(b), length_b - 1], cache
@@ -143,11 +168,12 @@ def decode(
 def _batch(model, vocabulary: Vocabulary, tokens_bt, start_b, num_b) -> dict[str, jax.Array]:
     """A decoder batch of tokens at places ``start_b`` on, of which ``num_b`` are real."""
     modalities = model.config.modalities
-    image, text = (modalities.index(name) for name in ("image", "text"))
+    # Kinds that the model has no tower for never occur.
+    towers_k = jnp.asarray([modalities.index(k) if k in modalities else 0 for k in KINDS])
     step_t = jnp.arange(tokens_bt.shape[1], dtype=jnp.int32)[None, :]
     return {
         "tokens": tokens_bt,
-        "modality": jnp.where(tokens_bt >= vocabulary.image_offset, image, text),
+        "modality": towers_k[vocabulary.kind_ids(tokens_bt)].astype(jnp.int32),
         "segments": (step_t < num_b[:, None]).astype(jnp.int32),
         "positions": start_b[:, None] + step_t,
     }
@@ -172,6 +198,7 @@ def _generate(
     key_b,
     sampling,
     grammar,
+    latents_btz,
     *,
     max_new_tokens,
     branches,
@@ -201,7 +228,8 @@ def _generate(
         return _Carry(step + 1, logits, progress, cache, written_bt, count_b)
 
     b, t = tokens_bt.shape[0] // branches, tokens_bt.shape[1]
-    logits, cache = prefill(model, params, vocabulary, tokens_bt, length_b, t + max_new_tokens)
+    capacity = t + max_new_tokens
+    logits, cache = prefill(model, params, vocabulary, tokens_bt, length_b, capacity, latents_btz)
     first = _Carry(
         step=jnp.asarray(0),
         logits_bv=logits,

@@ -1,7 +1,8 @@
 """Which token may come next: a small state machine for each row of a batch.
 
 Outside of an image: text, EOS, or BOI while images may be opened. After BOI: exactly
-``codes_per_image`` image codes, then EOI. Nothing else is ever generated.
+``codes_per_image`` image codes, then EOI. Nothing else is ever generated. Where pictures are
+latents, which are denoised and not written, a row is done at BOI.
 """
 
 import jax
@@ -37,7 +38,7 @@ class Progress(struct.PyTreeNode):
     Attributes:
       codes_b: [b] i32, codes of the image that is open; -1 outside of images.
       images_b: [b] i32, images that may still be opened.
-      done_b: [b] bool, EOS was written.
+      done_b: [b] bool, EOS was written (or BOI, where pictures are latents).
     """
 
     codes_b: jax.Array
@@ -60,7 +61,7 @@ def progress_of_prompt(
 
     opened_b = last(BOI)
     since_bt = valid_bt & (index_t > opened_b[:, None])
-    codes_b = (since_bt & _is_image(vocabulary, tokens_bt)).sum(axis=1, dtype=jnp.int32)
+    codes_b = (since_bt & vocabulary.is_image(tokens_bt)).sum(axis=1, dtype=jnp.int32)
     return Progress(
         codes_b=jnp.where(opened_b > last(EOI), codes_b, -1),
         images_b=jnp.full(length_b.shape, grammar.images, jnp.int32),
@@ -88,7 +89,7 @@ def allowed_tokens(
       size: columns of the mask.
     """
     id_v = jnp.arange(size)[None, :]
-    is_image_v = _is_image(vocabulary, id_v)
+    is_code_v = vocabulary.is_code(id_v)
     is_text_v = (id_v >= vocabulary.text_offset) & (id_v < vocabulary.image_offset)
     room = remaining >= vocabulary.codes_per_image + 2
     may_open_b = (progress.images_b > 0) & room
@@ -99,18 +100,17 @@ def allowed_tokens(
         | ((id_v == EOS) & may_end)
     )
     full_b = progress.codes_b >= vocabulary.codes_per_image
-    inside_bv = jnp.where(full_b[:, None], id_v == EOI, is_image_v)
+    inside_bv = jnp.where(full_b[:, None], id_v == EOI, is_code_v)
     return jnp.where((progress.codes_b < 0)[:, None], outside_bv, inside_bv)
 
 
 def advance(vocabulary: Vocabulary, progress: Progress, token_b: Int[Array, " b"]) -> Progress:
     """The state after one more token of each row; a row that is done stays as it is."""
     opens_b = token_b == BOI
-    codes_b = progress.codes_b + _is_image(vocabulary, token_b)
+    codes_b = progress.codes_b + vocabulary.is_image(token_b)
     codes_b = jnp.where(opens_b, 0, jnp.where(token_b == EOI, -1, codes_b))
-    moved = Progress(codes_b, progress.images_b - opens_b, token_b == EOS)
+    done_b = token_b == EOS
+    if not vocabulary.image_codes:
+        done_b |= opens_b
+    moved = Progress(codes_b, progress.images_b - opens_b, done_b)
     return jax.tree.map(lambda old, new: jnp.where(progress.done_b, old, new), progress, moved)
-
-
-def _is_image(vocabulary: Vocabulary, tokens):
-    return (tokens >= vocabulary.image_offset) & (tokens < vocabulary.size)

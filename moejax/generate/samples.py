@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from moejax.config.schema import DataConfig
+from moejax.data.build import open_records
 from moejax.data.records import Record
-from moejax.data.sources import RecordSource, open_source
+from moejax.data.sources import RecordSource
 from moejax.errors import UserError
 from moejax.generate.api import Sampler, caption_images, sample_images
 from moejax.generate.images import (
@@ -73,15 +74,14 @@ class Examples:
     """The records of one split, and the English names of those in another language."""
 
     def __init__(self, data: DataConfig, split: str, source: RecordSource | None = None):
-        options = {"image_size": data.image_size, "caption": data.caption}
         self.split = split
         if source is None:
-            source = open_source(data.source, split, languages=data.languages, **options)
+            source = open_records(data, split)
         self.source = source
         self._english: dict[str, str] = {}
         if set(data.languages) - {"en"}:
             try:
-                english = open_source(data.source, split, languages=("en",), **options)
+                english = open_records(data, split, languages=("en",))
             except UserError:  # A source without English: the record's id is shown instead.
                 english = []
             self._english = {record["id"]: record.get("text", "") for record in english}
@@ -208,7 +208,7 @@ def _text_to_image(request: Request) -> Outcome:
         examples = pick_examples(request, request.count // each)
     # Captions of records are cut to what training cut them to.
     texts = [
-        example.text if example.group == "prompt" else _cut(sampler, example.text)
+        example.text if example.group == "prompt" else cut_caption(sampler, example.text)
         for example in examples
     ]
     pictures = sample_images(
@@ -335,7 +335,8 @@ def _write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _cut(sampler: Sampler, text: str) -> str:
+def cut_caption(sampler: Sampler, text: str) -> str:
+    """``text``, cut to what training cuts it to."""
     ids = sampler.text_tokenizer.encode(text)
     if len(ids) <= sampler.text_room:
         return text

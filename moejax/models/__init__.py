@@ -1,8 +1,8 @@
 """Whole models."""
 
 from moejax.config.schema import Config
+from moejax.models import autoencoder as _autoencoder
 from moejax.models import decoder as _decoder
-from moejax.models import tokenizer as _tokenizer
 from moejax.models.registry import MODELS
 
 __all__ = ["MODELS", "build_model"]

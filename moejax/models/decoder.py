@@ -2,7 +2,9 @@
 
 One sequence of text, image, ... tokens, one vocabulary, one causal self-attention
 (Chameleon, arXiv 2405.09818); any of QKV, output projection, feed-forward and norms may be of
-each modality's own (Mixture-of-Transformers, arXiv 2411.04996).
+each modality's own (Mixture-of-Transformers, arXiv 2411.04996). With ``model.latents`` pictures
+are no codes of the vocabulary but noisy latent vectors, which the same stack denoises
+(Transfusion, arXiv 2408.11039).
 """
 
 import flax.linen as nn
@@ -22,22 +24,30 @@ from moejax.nn.layers import (
     param_dtype,
     partitioned,
 )
+from moejax.nn.patch_adapter import patch_adapter
 from moejax.nn.stack import Stack
-from moejax.ops.attention import cached_mask, causal_mask
-from moejax.ops.untied import modality_layout
+from moejax.ops.attention import cached_mask, multimodal_mask
+from moejax.ops.untied import modality_layout, untied_linear
 from moejax.parallel.local import run_local
 
 
 @struct.dataclass
 class DecoderOutput:
-    """``logits`` [b, t, v] in float32 or wider; ``rows``: the keys and values of these tokens.
+    """What the decoder says of each token.
 
-    ``rows`` is keyed by segment of the stack, leaves [l, b, t, g, h] (None in training).
+    Attributes:
+      logits: [b, t, v] in float32 or wider; zeros at patches of latents, which predict no token.
+      aux: statistics of the blocks.
+      rows: the keys and values of these tokens, keyed by segment of the stack, leaves
+        [l, b, t, g, h] (None in training).
+      denoised: [b, t, z], the prediction for each patch of latents (moejax.ops.diffusion says of
+        what); None without latents.
     """
 
     logits: jax.Array
     aux: dict
     rows: dict
+    denoised: jax.Array | None = None
 
 
 class Decoder(nn.Module):
@@ -57,7 +67,9 @@ class Decoder(nn.Module):
         """Logits of the next token after each token.
 
         Args:
-          batch: ``tokens``, ``modality``, ``segments``, ``positions``, all [b, t] i32.
+          batch: ``tokens``, ``modality``, ``segments``, ``positions``, all [b, t] i32. For
+            pictures as latents also ``latents`` [b, t, z] (noisy), ``image_id`` [b, t] i32 and
+            ``times`` [b, t] f32 in [0, 1] (absent: 0, clean); else no picture is in the batch.
           train: keep no keys and values, apply dropout (with the rng stream "dropout").
           cache: keys and values of earlier tokens, as in ``rows`` with s slots for t.
           cached_b: how many slots of each row of the cache are filled, [b] i32.
@@ -73,17 +85,27 @@ class Decoder(nn.Module):
             param_dtype(cfg),
         )
         x_btd = embedding_vd.astype(dtype)[tokens]
-        mask_bts = causal_mask(segments)
+        adapter, memory, image_id = None, None, batch.get("image_id")
+        if "latents" in batch:
+            image_id = batch["image_id"]
+            adapter = patch_adapter(cfg, name="patch_adapter")
+            latents = batch["latents"].astype(dtype)
+            times = batch.get("times", jnp.zeros(tokens.shape, jnp.float32))
+            patches_btd, memory = adapter.encode(latents, times, image_id)
+            x_btd = jnp.where(image_id[..., None] > 0, patches_btd, x_btd)
+        seen_as_one = image_id if cfg.latents.bidirectional else None
         layer_state = {}
-        if cache is not None:
+        if cache is None:
+            mask_bts = multimodal_mask(segments, seen_as_one)
+        else:
             assert cached_b is not None, "a cache comes with the number of its filled slots"
-            mask_bts = cached_mask(segments, cached_b, _capacity(cache))
+            mask_bts = cached_mask(segments, cached_b, _capacity(cache), seen_as_one)
             layer_state = cache
         ctx = Context(
             positions_bt=batch["positions"],
             modality_bt=modality,
             mask_bts=mask_bts,
-            layout=self._layout(modality),
+            layout=(layout := self._layout(modality)),
             rng=self.make_rng("dropout") if train and cfg.dropout > 0 else None,
             train=train,
         )
@@ -100,15 +122,29 @@ class Decoder(nn.Module):
                 (cfg.d_model, cfg.vocab_size),
                 param_dtype(cfg),
             )
-        logits = jnp.einsum(
-            "btd,dv->btv", x_btd, head_dv.astype(dtype), preferred_element_type=param_dtype(cfg)
-        )
-        return DecoderOutput(logits, aux, rows)
+        if not cfg.latents.channels:
+            logits = jnp.einsum(
+                "btd,dv->btv", x_btd, head_dv.astype(dtype), preferred_element_type=param_dtype(cfg)
+            )
+            return DecoderOutput(logits, aux, rows)
+        # Patches predict no token: only the rows of text are multiplied.
+        text = cfg.modalities.index("text")
+        logits = run_local(
+            lambda x, layout, head: untied_linear(
+                x, head[None], layout, cfg.kernel_backend, group_offset=text
+            ),
+            (x_btd, layout),
+            (head_dv.astype(dtype),),
+        ).astype(param_dtype(cfg))
+        denoised = None
+        if adapter is not None:
+            denoised = adapter.decode(x_btd, memory).astype(param_dtype(cfg))
+        return DecoderOutput(logits, aux, rows, denoised)
 
     def _layout(self, modality):
         """One sort for the whole forward, or none if every projection is shared."""
         untie = self.config.untie
-        if not (untie.qkv or untie.out or untie.ffn):
+        if not (untie.qkv or untie.out or untie.ffn or self.config.latents.channels):
             return None
         num = len(self.config.modalities)
         return run_local(lambda modality_bt: modality_layout(modality_bt, num), (modality,))

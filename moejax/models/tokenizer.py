@@ -1,8 +1,7 @@
-"""Image tokenizer: a convolutional autoencoder with finite scalar quantisation, and its codec.
+"""Frozen image tokenizers: pictures <-> codes (ImageCodec) or continuous latents (LatentCodec).
 
-The picture is cut into patches; a few residual blocks on the grid of patches give z numbers for
-each, which are rounded to one of ``prod(levels)`` codes (arXiv 2309.15505). The decoder mirrors
-the encoder.
+The autoencoders that they are made of are in moejax/models/autoencoder.py;
+tools/export_image_tokenizer.py writes the one of a finished run to an .npz file.
 """
 
 import dataclasses
@@ -14,198 +13,45 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from flax.core import meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import AxisType
-from jaxtyping import Int, Int32, UInt8
+from jaxtyping import Float, Float32, Int, Int32, UInt8
 
-from moejax import axes
-from moejax.config.schema import FSQAutoencoderConfig
+from moejax.config.schema import AutoencoderConfig, FSQAutoencoderConfig, KLAutoencoderConfig
 from moejax.errors import UserError
+
+# Importing it registers the models that the codecs are made of.
+from moejax.models.autoencoder import CHANNELS
 from moejax.models.registry import MODELS
-from moejax.nn.conv import ConvBlock
-from moejax.nn.layers import compute_dtype, fan_in_normal, param_dtype, partitioned
 from moejax.ops import fsq
-from moejax.ops.augment import augment_images
-from moejax.ops.norms import rms_normalise
-from moejax.ops.patchify import patchify, unpatchify
-
-_NORM_EPS = 1e-6
-CHANNELS = 3
-
-
-@struct.dataclass
-class AutoencoderOutput:
-    """``target`` and ``reconstruction`` [b, h, w, 3] in [-1, 1]; ``codes`` [b, t] i32.
-
-    ``target`` is the picture that was encoded: the augmented one in training. The
-    reconstruction is not clipped, so that its gradient does not vanish outside of the range.
-    """
-
-    target: jax.Array
-    reconstruction: jax.Array
-    codes: jax.Array
-
-
-class FSQAutoencoder(nn.Module):
-    """See the module docstring."""
-
-    config: FSQAutoencoderConfig
-
-    def setup(self):
-        cfg = self.config
-        pixels, latents = cfg.patch_size**2 * CHANNELS, len(cfg.levels)
-        wide = param_dtype(cfg)
-        self.patch_in = _Linear(cfg.width, wide)
-        self.encoder = [ConvBlock(_NORM_EPS, wide) for _ in range(cfg.encoder_blocks)]
-        self.latent_out = _Linear(latents, wide, normalise=True)
-        self.latent_in = _Linear(cfg.width, wide)
-        # A vector of its own for each code, beside the linear map of its channels: the decoder is
-        # not held to be smooth over the grid of levels.
-        self.code_vd = self.param(
-            "code_vd",
-            partitioned(nn.initializers.zeros, axes.VOCABULARY, axes.EMBED),
-            (fsq.num_codes(cfg.levels), cfg.width),
-            wide,
-        )
-        self.decoder = [ConvBlock(_NORM_EPS, wide) for _ in range(cfg.decoder_blocks)]
-        self.patch_out = _Linear(pixels, wide, normalise=True)
-
-    def latents(self, images: jax.Array) -> jax.Array:
-        """Images [b, h, w, 3] in [-1, 1] -> unbounded latents [b, rows, cols, z]."""
-        x = patchify(images.astype(compute_dtype(self.config)), self.config.patch_size)
-        x = self.patch_in(x)
-        for block in self.encoder:
-            x = block(x)
-        return self.latent_out(x)
-
-    def render(self, channels: jax.Array) -> jax.Array:
-        """Quantised channels [b, rows, cols, z] in [-1, 1] -> images [b, h, w, 3]."""
-        codes = fsq.channels_to_codes(channels, self.config.levels)
-        dtype = compute_dtype(self.config)
-        x = self.latent_in(channels.astype(dtype)) + self.code_vd.astype(dtype)[codes]
-        for block in self.decoder:
-            x = block(x)
-        return unpatchify(self.patch_out(x), self.config.patch_size)
-
-    def encode(self, images: jax.Array) -> jax.Array:
-        """Images [b, h, w, 3] uint8 -> codes [b, t] i32, the grid row by row."""
-        return self._codes(self._channels(to_signed(images)))
-
-    def decode(self, codes: jax.Array) -> jax.Array:
-        """Codes [b, t] i32 -> images [b, h, w, 3] uint8."""
-        side = self.config.image_size // self.config.patch_size
-        channels = fsq.codes_to_channels(codes.reshape(-1, side, side), self.config.levels)
-        return to_uint8(self.render(channels))
-
-    def __call__(self, batch: dict[str, jax.Array], *, train: bool = False) -> AutoencoderOutput:
-        """Reconstructs ``batch["images"]`` [b, h, w, 3] uint8.
-
-        Raises UserError, when it is traced, if the pictures are not of ``model.image_size``.
-        """
-        size = self.config.image_size
-        if batch["images"].shape[1:3] != (size, size):
-            raise UserError(
-                f"model.image_size={size}: the pictures are of {batch['images'].shape[1]} pixels "
-                "(data.image_size); make the two equal"
-            )
-        images = to_signed(batch["images"])
-        if train and self.config.augment:
-            images = augment_images(self.make_rng("dropout"), images)
-        channels = self._channels(images)
-        return AutoencoderOutput(images, self.render(channels), self._codes(channels))
-
-    def _channels(self, images: jax.Array) -> jax.Array:
-        return fsq.quantise(self.latents(images), self.config.levels)
-
-    def _codes(self, channels: jax.Array) -> jax.Array:
-        codes = fsq.channels_to_codes(channels, self.config.levels)
-        return codes.reshape(codes.shape[0], -1)
-
-
-class _Linear(nn.Module):
-    """``[norm] -> W x + bias`` over the last axis."""
-
-    features: int
-    param_dtype: jnp.dtype
-    normalise: bool = False
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        dtype, d = x.dtype, x.shape[-1]
-        # Only the side that is as wide as the model gets its logical name.
-        names = (axes.EMBED, None) if self.normalise else (None, axes.EMBED)
-        w_df = self.param(
-            "w_df",
-            partitioned(fan_in_normal((0,)), *names),
-            (d, self.features),
-            self.param_dtype,
-        )
-        bias_f = self.param(
-            "bias_f",
-            partitioned(nn.initializers.zeros, names[1]),
-            (self.features,),
-            self.param_dtype,
-        )
-        if self.normalise:
-            scale_d = self.param(
-                "norm_scale_d",
-                partitioned(nn.initializers.ones, axes.EMBED),
-                (d,),
-                self.param_dtype,
-            )
-            x = (rms_normalise(x, _NORM_EPS) * scale_d[None, None, None]).astype(dtype)
-        x = jnp.einsum("bijd,df->bijf", x, w_df.astype(dtype))
-        return x + bias_f[None, None, None].astype(dtype)
-
-
-def to_signed(images: jax.Array) -> jax.Array:
-    """uint8 in 0..255 -> float32 in [-1, 1]."""
-    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
-
-
-def to_uint8(images: jax.Array) -> jax.Array:
-    """[-1, 1] -> uint8 in 0..255, rounded and clipped."""
-    scaled = jnp.round((images.astype(jnp.float32) + 1.0) * 127.5)
-    return jnp.clip(scaled, 0, 255).astype(jnp.uint8)
-
-
-@MODELS.register("fsq_autoencoder")
-def build_autoencoder(config: FSQAutoencoderConfig) -> FSQAutoencoder:
-    return FSQAutoencoder(config)
-
 
 # Pictures per call of the compiled programs; the last call is filled up with zeros.
 _CHUNK = 64
 _FORMAT = 1
+_FIELD = "data.image_tokenizer"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class ImageCodec:
-    """A frozen image tokenizer: uint8 pictures <-> codes, on the first local device.
+class _Codec:
+    """A frozen autoencoder on the first local device.
 
     Both directions treat one picture at a time inside of one compiled program, in float32 at full
-    matmul precision. So the codes of a picture depend neither on the pictures beside it nor on
+    matmul precision. So what a picture becomes depends neither on the pictures beside it nor on
     how many there are.
 
     Attributes:
       config: of the autoencoder.
       params: its parameters, float32.
-      version: 16 hexadecimal digits: hash of the config and the parameters.
+      version: 16 hexadecimal digits: hash of the config and the numbers.
     """
 
-    config: FSQAutoencoderConfig
+    config: Any
     params: dict
     version: str
-
-    @property
-    def num_codes(self) -> int:
-        return fsq.num_codes(self.config.levels)
 
     @property
     def image_size(self) -> int:
@@ -213,18 +59,9 @@ class ImageCodec:
 
     @property
     def grid(self) -> tuple[int, int]:
-        side = self.config.image_size // self.config.patch_size
-        return side, side
+        return self.config.grid
 
-    @property
-    def codes_per_image(self) -> int:
-        return self.grid[0] * self.grid[1]
-
-    def encode(self, images: UInt8[np.ndarray, "n h w 3"]) -> Int32[np.ndarray, "n t"]:
-        """Codes in [0, num_codes) of each picture, the grid row by row.
-
-        Raises ValueError if ``images`` is not uint8 of the codec's size.
-        """
+    def _checked(self, images: np.ndarray) -> np.ndarray:
         size = self.config.image_size
         images = np.asarray(images)
         if images.shape[1:] != (size, size, CHANNELS) or images.dtype != np.uint8:
@@ -232,18 +69,7 @@ class ImageCodec:
                 f"expected uint8 images [n, {size}, {size}, 3], "
                 f"got {images.dtype} {list(images.shape)}"
             )
-        return self._run("encode", images)
-
-    def decode(self, codes: Int[np.ndarray, "n t"]) -> UInt8[np.ndarray, "n h w 3"]:
-        """The picture of each row of codes. Raises ValueError if a code is out of range."""
-        codes = np.asarray(codes)
-        if codes.ndim != 2 or codes.shape[1] != self.codes_per_image:
-            raise ValueError(f"expected codes [n, {self.codes_per_image}], got {list(codes.shape)}")
-        if codes.size and not 0 <= codes.min() <= codes.max() < self.num_codes:
-            raise ValueError(
-                f"codes must be in [0, {self.num_codes}), got {codes.min()}..{codes.max()}"
-            )
-        return self._run("decode", codes.astype(np.int32))
+        return images
 
     def _run(self, method: str, inputs: np.ndarray) -> np.ndarray:
         program = _program(self.config, method)
@@ -262,10 +88,82 @@ class ImageCodec:
         return np.concatenate(outputs)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageCodec(_Codec):
+    """A frozen image tokenizer: uint8 pictures <-> codes. See :class:`_Codec`."""
+
+    config: FSQAutoencoderConfig
+
+    @property
+    def num_codes(self) -> int:
+        return fsq.num_codes(self.config.levels)
+
+    @property
+    def codes_per_image(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def encode(self, images: UInt8[np.ndarray, "n h w 3"]) -> Int32[np.ndarray, "n t"]:
+        """Codes in [0, num_codes) of each picture, the grid row by row.
+
+        Raises ValueError if ``images`` is not uint8 of the codec's size.
+        """
+        return self._run("encode", self._checked(images))
+
+    def decode(self, codes: Int[np.ndarray, "n t"]) -> UInt8[np.ndarray, "n h w 3"]:
+        """The picture of each row of codes. Raises ValueError if a code is out of range."""
+        codes = np.asarray(codes)
+        if codes.ndim != 2 or codes.shape[1] != self.codes_per_image:
+            raise ValueError(f"expected codes [n, {self.codes_per_image}], got {list(codes.shape)}")
+        if codes.size and not 0 <= codes.min() <= codes.max() < self.num_codes:
+            raise ValueError(
+                f"codes must be in [0, {self.num_codes}), got {codes.min()}..{codes.max()}"
+            )
+        return self._run("decode", codes.astype(np.int32))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LatentCodec(_Codec):
+    """A frozen autoencoder without quantiser: uint8 pictures <-> latents. See :class:`_Codec`.
+
+    Attributes:
+      mean_z: [z] float32, mean of each channel over the pictures that it was normalised with.
+      std_z: [z] float32, its standard deviation there.
+    """
+
+    config: KLAutoencoderConfig
+    mean_z: np.ndarray
+    std_z: np.ndarray
+
+    @property
+    def channels(self) -> int:
+        return self.config.latent_channels
+
+    @property
+    def latents_per_image(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def encode(self, images: UInt8[np.ndarray, "n h w 3"]) -> Float32[np.ndarray, "n t z"]:
+        """Posterior means, the grid row by row; each channel of mean 0, variance 1 over ``train``.
+
+        Raises ValueError if ``images`` is not uint8 of the codec's size.
+        """
+        return (self._run("encode", self._checked(images)) - self.mean_z) / self.std_z
+
+    def decode(self, latents: Float[np.ndarray, "n t z"]) -> UInt8[np.ndarray, "n h w 3"]:
+        """The picture of each row of (normalised) latents. Raises ValueError on another shape."""
+        latents = np.asarray(latents, np.float32)
+        expected = (self.latents_per_image, self.channels)
+        if latents.ndim != 3 or latents.shape[1:] != expected:
+            raise ValueError(
+                f"expected latents [n, {expected[0]}, {expected[1]}], got {list(latents.shape)}"
+            )
+        return self._run("decode", latents * self.std_z + self.mean_z)
+
+
 @functools.lru_cache(maxsize=8)
-def _program(config: FSQAutoencoderConfig, method: str) -> Callable:
+def _program(config: AutoencoderConfig, method: str) -> Callable:
     """The jitted ``method`` of the autoencoder: (params, [_CHUNK, ...]) -> [_CHUNK, ...]."""
-    model = FSQAutoencoder(config)
+    model = MODELS.get(config.name)(config)
 
     def run(params, inputs):
         def one(row):
@@ -277,9 +175,9 @@ def _program(config: FSQAutoencoderConfig, method: str) -> Callable:
     return jax.jit(run)
 
 
-def builtin_codec_path() -> Path:
-    """Where the weights of ``builtin:fsq`` lie."""
-    return Path(__file__).resolve().parent.parent / "data" / "builtin" / "fsq.npz"
+def builtin_codec_path(name: str = "fsq") -> Path:
+    """Where the weights of ``builtin:fsq`` or ``builtin:kl`` lie."""
+    return Path(__file__).resolve().parent.parent / "data" / "builtin" / f"{name}.npz"
 
 
 def save_image_codec(path: str | Path, config: FSQAutoencoderConfig, params: dict) -> ImageCodec:
@@ -287,15 +185,31 @@ def save_image_codec(path: str | Path, config: FSQAutoencoderConfig, params: dic
 
     The version is a hash of the rounded parameters, so writing the codec again keeps it.
     """
-    flat = flatten_dict(params, sep="/")
-    arrays: dict[str, Any] = {
-        f"params/{name}": np.asarray(leaf, np.float16) for name, leaf in flat.items()
-    }
-    head = json.dumps({"format": _FORMAT, "config": dataclasses.asdict(config)}, sort_keys=True)
-    path = Path(path)
-    with open(path, "wb") as file:
-        np.savez_compressed(file, head=np.asarray(head), **arrays)
+    _write(path, config, _rounded(params))
     return load_image_codec(str(path))
+
+
+def save_latent_codec(
+    path: str | Path,
+    config: KLAutoencoderConfig,
+    params: dict,
+    images: UInt8[np.ndarray, "n h w 3"],
+) -> LatentCodec:
+    """Writes config, parameters (as float16) and latent statistics; returns what the file holds.
+
+    The statistics are those of the posterior means of ``images`` (the training split) by the
+    rounded parameters.
+    """
+    rounded = _rounded(params)
+    ones = np.ones(config.latent_channels, np.float32)
+    plain = LatentCodec(config, _widened(rounded), "", 0 * ones, ones)
+    latents = plain.encode(images).reshape(-1, config.latent_channels).astype(np.float64)
+    statistics = {
+        "latents/mean_z": latents.mean(axis=0).astype(np.float32),
+        "latents/std_z": np.maximum(latents.std(axis=0), 1e-6).astype(np.float32),
+    }
+    _write(path, config, rounded, statistics)
+    return load_latent_codec(str(path))
 
 
 def load_image_codec(spec: str) -> ImageCodec:
@@ -303,41 +217,96 @@ def load_image_codec(spec: str) -> ImageCodec:
 
     Raises UserError if there is no such file, or if it holds something else.
     """
-    field = "data.image_tokenizer"
+    config, flat, _, version = _read(spec, "fsq", "image tokenizer", FSQAutoencoderConfig)
+    return ImageCodec(config, _widened(flat), version)
+
+
+def load_latent_codec(spec: str) -> LatentCodec:
+    """The frozen autoencoder ``builtin:kl``, or the one in an .npz file.
+
+    Raises UserError if there is no such file, or if it holds something else.
+    """
+    kind = "latent autoencoder"
+    config, flat, statistics, version = _read(spec, "kl", kind, KLAutoencoderConfig)
+    shape = (config.latent_channels,)
+    if {name: leaf.shape for name, leaf in statistics.items()} != {"mean_z": shape, "std_z": shape}:
+        raise _wrong(spec, kind)
+    return LatentCodec(config, _widened(flat), version, statistics["mean_z"], statistics["std_z"])
+
+
+def _rounded(params: dict) -> dict[str, np.ndarray]:
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
+    return {name: np.asarray(leaf, np.float16) for name, leaf in flat.items()}
+
+
+def _widened(flat: dict[str, np.ndarray]) -> dict:
+    return unflatten_dict({name: leaf.astype(np.float32) for name, leaf in flat.items()}, sep="/")
+
+
+def _write(
+    path: str | Path,
+    config: AutoencoderConfig,
+    flat: dict[str, np.ndarray],
+    statistics: dict[str, np.ndarray] | None = None,
+) -> None:
+    arrays: dict[str, Any] = {f"params/{name}": leaf for name, leaf in flat.items()}
+    arrays |= statistics or {}
+    head = json.dumps({"format": _FORMAT, "config": dataclasses.asdict(config)}, sort_keys=True)
+    with open(path, "wb") as file:
+        np.savez_compressed(file, head=np.asarray(head), **arrays)
+
+
+def _wrong(spec: str, kind: str) -> UserError:
+    return UserError(
+        f"{_FIELD}: {spec!r} is no {kind}; make one with tools/export_image_tokenizer.py"
+    )
+
+
+def _read(
+    spec: str, builtin: str, kind: str, config_class: type
+) -> tuple[Any, dict[str, np.ndarray], dict[str, np.ndarray], str]:
+    """(config, parameters, latent statistics, version) of a built-in or a file."""
     if spec.startswith("builtin:"):
-        if spec != "builtin:fsq":
-            raise UserError(f"{field}: no built-in image tokenizer {spec!r}; choose builtin:fsq")
-        path = builtin_codec_path()
+        if spec != f"builtin:{builtin}":
+            raise UserError(f"{_FIELD}: no built-in {kind} {spec!r}; choose builtin:{builtin}")
+        path = builtin_codec_path(builtin)
     else:
         path = Path(spec).expanduser()
     if not path.is_file():
-        raise UserError(f"{field}: no file {str(path)!r}; choose builtin:fsq or an .npz file")
-    wrong = UserError(
-        f"{field}: {str(path)!r} is no image tokenizer; "
-        "make one with tools/export_image_tokenizer.py"
-    )
+        raise UserError(
+            f"{_FIELD}: no file {str(path)!r}; choose builtin:{builtin} or an .npz file"
+        )
+    wrong = _wrong(str(path), kind)
     try:
         with np.load(path, allow_pickle=False) as file:
             stored = {name: file[name] for name in file.files}
         head = json.loads(str(stored.pop("head")))
-        options = {**head["config"], "levels": tuple(head["config"]["levels"])}
-        config = FSQAutoencoderConfig(**options)
-        known = head["format"] == _FORMAT
+        options = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in head["config"].items()
+        }
+        config = config_class(**options)
+        known = head["format"] == _FORMAT and config.name == config_class().name
     except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise wrong from error
-    flat = {name.removeprefix("params/"): leaf for name, leaf in stored.items()}
+    flat = _under("params/", stored)
     if not known or {k: v.shape for k, v in flat.items()} != _param_shapes(config):
         raise wrong
     digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
-    for name in sorted(flat):
-        digest.update(name.encode() + np.ascontiguousarray(flat[name]).tobytes())
-    params = unflatten_dict({name: leaf.astype(np.float32) for name, leaf in flat.items()}, sep="/")
-    return ImageCodec(config, params, digest.hexdigest()[:16])
+    statistics = _under("latents/", stored)
+    for name, leaf in [*sorted(flat.items()), *sorted(statistics.items())]:
+        digest.update(name.encode() + np.ascontiguousarray(leaf).tobytes())
+    return config, flat, statistics, digest.hexdigest()[:16]
 
 
-def _param_shapes(config: FSQAutoencoderConfig) -> dict[str, tuple[int, ...]]:
+def _under(prefix: str, stored: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {k.removeprefix(prefix): v for k, v in stored.items() if k.startswith(prefix)}
+
+
+def _param_shapes(config: AutoencoderConfig) -> dict[str, tuple[int, ...]]:
+    model = MODELS.get(config.name)(config)
     size = (1, config.image_size, config.image_size, CHANNELS)
     batch = {"images": jax.ShapeDtypeStruct(size, jnp.uint8)}
-    abstract = jax.eval_shape(FSQAutoencoder(config).init, jax.random.key(0), batch)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), batch)
     flat: dict[str, Any] = flatten_dict(meta.unbox(abstract["params"]), sep="/")
     return {name: leaf.shape for name, leaf in flat.items()}

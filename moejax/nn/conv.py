@@ -46,15 +46,20 @@ class ConvBlock(nn.Module):
             self.param_dtype,
         )
         hidden = (rms_normalise(x, self.eps) * scale_d[None, None, None]).astype(x.dtype)
-        hidden = lax.conv_general_dilated(
-            hidden,
-            conv_ijdf.astype(x.dtype),
-            window_strides=(1, 1),
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        hidden = convolve(hidden, conv_ijdf)
         hidden = nn.gelu(hidden + bias_f[None, None, None].astype(x.dtype))
         return x + jnp.einsum("bijf,fd->bijd", hidden, wo_fd.astype(x.dtype))
+
+
+def convolve(x: jax.Array, conv_ijdf: jax.Array) -> jax.Array:
+    """[b, rows, cols, d] -> [b, rows, cols, f] in the dtype of ``x``; zeros beyond the border."""
+    return lax.conv_general_dilated(
+        x,
+        conv_ijdf.astype(x.dtype),
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
 
 
 def _scaled(factor: float, init):

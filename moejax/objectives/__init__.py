@@ -3,12 +3,14 @@
 from moejax.config.schema import Config
 from moejax.objectives import autoencode as _autoencode
 from moejax.objectives import next_token as _next_token
-from moejax.objectives.base import OBJECTIVES, LossSums
+from moejax.objectives import transfusion as _transfusion
+from moejax.objectives.base import OBJECTIVES, LossSums, Objective
 
-__all__ = ["OBJECTIVES", "LossSums", "build_objective"]
+__all__ = ["OBJECTIVES", "LossSums", "Objective", "build_objective"]
 
 
-def build_objective(config: Config):
-    """The objective function that ``config.objective`` describes."""
+def build_objective(config: Config) -> Objective:
+    """The objective that ``config.objective`` describes."""
     make = OBJECTIVES.get(config.objective.name, field="objective.name")
-    return make(config.objective, config.model)
+    objective = make(config.objective, config.model)
+    return objective if isinstance(objective, Objective) else Objective(objective)

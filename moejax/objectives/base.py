@@ -1,5 +1,6 @@
 """Losses as sums and weights, so that they add up over microbatches and devices."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,7 @@ from flax import struct
 
 from moejax.config.registry import Registry
 
-# name -> function(config.objective, config.model) -> objective;
-# an objective is (outputs, batch, rng) -> LossSums
+# name -> function(config.objective, config.model) -> objective: an Objective, or its loss alone
 OBJECTIVES: Registry[Callable] = Registry("objective")
 
 
@@ -41,3 +41,25 @@ class LossSums:
     def total(self) -> jax.Array:
         """The scalar to minimise."""
         return sum((c * self.mean(name) for name, c in self.coefficients), jnp.zeros(()))
+
+
+def _as_it_is(batch: dict, rng: jax.Array) -> dict:
+    del rng
+    return batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a model is trained for; called as its loss.
+
+    Attributes:
+      loss: (outputs, batch, rng) -> LossSums.
+      prepare: (batch, rng) -> the batch that the model sees, such as one with noise added; what
+        the loss needs of it goes into the batch too. Runs inside the step, before the model.
+    """
+
+    loss: Callable[..., LossSums]
+    prepare: Callable[[dict, jax.Array], dict] = _as_it_is
+
+    def __call__(self, outputs: Any, batch: dict, rng: jax.Array | None = None) -> LossSums:
+        return self.loss(outputs, batch, rng)

@@ -18,6 +18,22 @@ def token_losses(
     return log_z - target, log_z
 
 
+def by_source(
+    batch: dict, nll_bt: Float[Array, "b t"], weights_bt: Float[Array, "b t"]
+) -> dict[str, tuple[Array, Array]]:
+    """The (values, weights) of each source of a mixture, ``source_0``, ...; {} without a mixture.
+
+    ``batch["sources"]`` [b, sources] f32 marks the source of each row.
+    """
+    marks = batch.get("sources")
+    if marks is None:
+        return {}
+    return {
+        f"source_{index}": (nll_bt, weights_bt * marks[:, index, None])
+        for index in range(marks.shape[1])
+    }
+
+
 @OBJECTIVES.register("next_token")
 def next_token(config: NextTokenConfig, model: DecoderConfig):
     """Cross-entropy over all targets plus ``z_loss * log^2 Z`` (arXiv 2405.09818).
@@ -25,7 +41,7 @@ def next_token(config: NextTokenConfig, model: DecoderConfig):
     Logged beside the trained terms ``token`` and ``z``, in nats a token: one term for each
     modality, of its own targets (captions, image codes); ``structure``, of special targets such
     as BOI, which a position alone gives away; and ``<modality>_correct``, the share of targets
-    that have the highest logit.
+    that have the highest logit. In a mixture also ``source_<i>``, of each source's targets.
     """
 
     def objective(outputs, batch, rng=None) -> LossSums:
@@ -41,6 +57,7 @@ def next_token(config: NextTokenConfig, model: DecoderConfig):
             "token": (nll, weights),
             "z": (jnp.square(log_z), weights),
             "structure": (nll, weights * special),
+            **by_source(batch, nll, weights),
         }
         for index, name in enumerate(model.modalities):
             here = weights * (~special & (target_modality == index))

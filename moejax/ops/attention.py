@@ -5,24 +5,36 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
-def causal_mask(segments_bt: Int[Array, "b t"]) -> Bool[Array, "b t t"]:
-    """True where token t may look at token s: not later, same packed segment, not padding."""
+def multimodal_mask(
+    segments_bt: Int[Array, "b t"], image_id_bt: Int[Array, "b t"] | None = None
+) -> Bool[Array, "b t t"]:
+    """True where token t may look at token s: not later, same packed segment, not padding.
+
+    With ``image_id_bt`` (0 outside of pictures) the tokens of one picture see each other in both
+    directions as well; BOI, EOI and other pictures are causal (Transfusion, arXiv 2408.11039).
+    """
     length = segments_bt.shape[1]
-    not_later = jnp.arange(length)[:, None] >= jnp.arange(length)[None, :]
+    seen = (jnp.arange(length)[:, None] >= jnp.arange(length)[None, :])[None]
+    if image_id_bt is not None:
+        one_image = image_id_bt[:, :, None] == image_id_bt[:, None, :]
+        seen = seen | (one_image & (image_id_bt > 0)[:, None, :])
     same = segments_bt[:, :, None] == segments_bt[:, None, :]
-    return not_later[None] & same & (segments_bt > 0)[:, None, :]
+    return seen & same & (segments_bt > 0)[:, None, :]
 
 
 def cached_mask(
-    segments_bt: Int[Array, "b t"], cached_b: Int[Array, " b"], capacity: int
+    segments_bt: Int[Array, "b t"],
+    cached_b: Int[Array, " b"],
+    capacity: int,
+    image_id_bt: Int[Array, "b t"] | None = None,
 ) -> Bool[Array, "b t s"]:
-    """Mask over [cache slots, new tokens]: the first ``cached[b]`` slots, then causal.
+    """Mask over [cache slots, new tokens]: the first ``cached[b]`` slots, then the multimodal mask.
 
     For decoding, where every row of the batch is one segment (1) or padding (0).
     """
     filled = jnp.arange(capacity)[None, :] < cached_b[:, None]
     earlier = filled[:, None, :] & (segments_bt > 0)[:, :, None]
-    return jnp.concatenate([earlier, causal_mask(segments_bt)], axis=-1)
+    return jnp.concatenate([earlier, multimodal_mask(segments_bt, image_id_bt)], axis=-1)
 
 
 def attend(

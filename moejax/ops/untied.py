@@ -67,10 +67,13 @@ def untied_linear(
     w_mdf: Float[Array, "m d f"],
     layout: ModalityLayout,
     backend: str = "auto",
+    group_offset: int = 0,
 ) -> Float[Array, "b t f"]:
-    """``x[i] @ w[modality(i)]``."""
+    """``x[i] @ w[modality(i) - group_offset]``; zeros for modalities that have no weight."""
     rows = _rows(x_btd, layout)
-    out = grouped_matmul(rows, w_mdf, layout.group_sizes[0], backend=backend)
+    out = grouped_matmul(
+        rows, w_mdf, layout.group_sizes[0], group_offset=group_offset, backend=backend
+    )
     return _tokens(out, layout, x_btd.shape)
 
 

@@ -1,17 +1,27 @@
-"""Training: state, step, loop, checkpoints, evaluators; ``moejax.train(config, workdir)``."""
+"""Training: state, step, loop, checkpoints, evaluators; ``moejax.train(config, workdir)``.
+
+For example::
+
+    config = moejax.load_config("quickstart", {"train.steps": 50})
+    values = moejax.train(config, "runs/mine")  # as `moejax train`: the same again goes on with it
+    values["eval/image/loss"]
+
+See :func:`moejax.train.loop.train` for what it returns and raises.
+"""
 
 import os
 import sys
 import types
 
 # Importing these registers their evaluators.
-from moejax.train import likelihood, reconstruction
+from moejax.train import denoising, likelihood, reconstruction, sample_grid
 
 
 class _Callable(types.ModuleType):
     """The package itself can be called: ``moejax.train`` is both a function and a package."""
 
     def __call__(self, config, workdir: str | os.PathLike) -> dict[str, float]:
+        """Trains ``config`` in ``workdir``: :func:`moejax.train.loop.train`."""
         from moejax.train.loop import train
 
         return train(config, workdir)
@@ -19,4 +29,4 @@ class _Callable(types.ModuleType):
 
 sys.modules[__name__].__class__ = _Callable
 
-__all__ = ["likelihood", "reconstruction"]
+__all__ = ["denoising", "likelihood", "reconstruction", "sample_grid"]

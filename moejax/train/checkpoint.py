@@ -17,6 +17,7 @@ import jax
 from flax import serialization
 
 from moejax.errors import UserError
+from moejax.train.evaluate import metric_score
 from moejax.train.optim import path_name
 from moejax.train.state import TrainState
 
@@ -78,10 +79,7 @@ class Checkpoints:
 
     def score(self, metrics: dict[str, float] | None) -> float:
         """``best_metric`` in ``metrics``, turned so that less is better; inf if it is not there."""
-        name = self._best_metric.removeprefix("-")
-        sign = 1 if name == self._best_metric else -1
-        value = (metrics or {}).get(name, math.nan)
-        return sign * value if math.isfinite(value) else math.inf
+        return metric_score(self._best_metric, metrics or {})
 
     def save(
         self,
@@ -147,18 +145,37 @@ class Checkpoints:
         items: dict[str, Any] = {}
         kinds = self._layout(step)["arrays"]
         for path, kind in kinds.items():
-            dtype, _, shape = kind.rstrip("]").partition("[")
-            *parents, name = path.split("/")
-            node = items
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[name] = jax.ShapeDtypeStruct(
-                tuple(int(size) for size in shape.split(",") if size),
-                jax.numpy.dtype(dtype),
-                sharding=device,
-            )
+            shape, dtype = _shape_and_dtype(kind)
+            _put(items, path, jax.ShapeDtypeStruct(shape, dtype, sharding=device))
         restored = jax.tree_util.tree_leaves_with_path(self._restore(step, items))
         return {path_name(path): leaf for path, leaf in restored}
+
+    def param_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each parameter that was saved at ``step``, by path (``"head_dv"``)."""
+        layout = self._layout(step)
+        self._check_format(step, layout)
+        return {
+            path.removeprefix("params/"): _shape_and_dtype(kind)[0]
+            for path, kind in layout["arrays"].items()
+            if path.startswith("params/")
+        }
+
+    def restore_params(
+        self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]
+    ) -> dict[str, jax.Array]:
+        """Some parameters of ``step`` by path, in the types and shardings of ``wanted``."""
+        args, tree = self._ocp.args, {}
+        for path, leaf in wanted.items():
+            _put(tree, path, leaf)
+        restore = args.PyTreeRestore(
+            tree,
+            restore_args=self._ocp.checkpoint_utils.construct_restore_args(tree),
+            partial_restore=True,
+        )
+        restored = self._manager.restore(step, args=args.Composite(params=restore))["params"]
+        return {
+            path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)
+        }
 
     def wait(self) -> None:
         """Blocks until the save under way is on disk; raises what it raised."""
@@ -183,11 +200,7 @@ class Checkpoints:
                 f"--step {step}: no such checkpoint in {self.folder}; there are: {steps}"
             )
         layout = self._layout(step)
-        if layout["format"] != FORMAT:
-            raise UserError(
-                f"{where}: checkpoint format {layout['format']}, this moejax reads {FORMAT}; "
-                "train again in another --workdir"
-            )
+        self._check_format(step, layout)
         there = {
             name: kind for name, kind in layout["arrays"].items() if name.partition("/")[0] in items
         }
@@ -200,6 +213,13 @@ class Checkpoints:
                     f"{here.get(name, 'missing')} in the config; use the config that the run was "
                     "made with, or another --workdir"
                 )
+
+    def _check_format(self, step: int, layout: dict) -> None:
+        if layout["format"] != FORMAT:
+            raise UserError(
+                f"{self.folder / str(step)}: checkpoint format {layout['format']}, this moejax "
+                f"reads {FORMAT}; train again in another --workdir"
+            )
 
     def _layout(self, step: int) -> dict:
         args = self._ocp.args
@@ -263,6 +283,20 @@ def _refill(like: Any, tree: Any) -> Any:
     if not isinstance(like, dict):
         return tree
     return {key: _refill(value, tree.get(key, {})) for key, value in like.items()}
+
+
+def _put(tree: dict[str, Any], path: str, leaf: Any) -> None:
+    """``tree["a"]["b"] = leaf`` for the path ``"a/b"``."""
+    *parents, name = path.split("/")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+    tree[name] = leaf
+
+
+def _shape_and_dtype(kind: str) -> tuple[tuple[int, ...], Any]:
+    """``"float32[2,3]"`` -> ((2, 3), float32)."""
+    dtype, _, shape = kind.rstrip("]").partition("[")
+    return tuple(int(size) for size in shape.split(",") if size), jax.numpy.dtype(dtype)
 
 
 def _arrays(items: dict[str, Any]) -> dict[str, str]:

@@ -1,27 +1,39 @@
 """A trained model from its workdir, for evaluation, sampling and notebooks."""
 
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from moejax.config import freeze
+from moejax.config.packages import import_recorded
 from moejax.config.schema import Config, MeshConfig
 from moejax.errors import UserError
 from moejax.parallel.mesh import check_mesh
 from moejax.train.checkpoint import Checkpoints, saved_steps
-from moejax.train.evaluate import EvalContext
+from moejax.train.evaluate import EvalContext, eval_plans, evaluate, on_split, put_batch
 from moejax.train.setup import ModelSetup, open_pipeline, prepare_model
 from moejax.train.workdir import read_record
+
+if TYPE_CHECKING:
+    from moejax.generate.api import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
     """A model with trained parameters.
+
+    For example::
+
+        run = moejax.load("runs/quickstart")
+        outputs = run.apply(run.train_pipeline().batch(0))
+        run.evaluate("test")  # {"loss": 5.2, "text/loss": 6.1, ...}
+        sample_images(run.sampler(), ["red apple"])  # of moejax.generate.api
 
     Attributes:
       config: the experiment, with the mesh of this machine.
@@ -55,26 +67,55 @@ class Loaded:
             )
         return pipeline
 
+    def apply(self, batch: dict[str, Any]) -> Any:
+        """The model's outputs for a batch of arrays, whose rows divide over the devices."""
+        with jax.set_mesh(self.setup.mesh):
+            return self._forward(self.params, put_batch(batch, self.setup.mesh))
+
+    @functools.cached_property
+    def _forward(self) -> Callable[[Any, dict], Any]:
+        return jax.jit(lambda params, batch: self.model.apply({"params": params}, batch))
+
+    def evaluate(self, split: str | None = None) -> dict[str, float]:
+        """The values of ``moejax eval``: what ``eval.metrics`` names; all on ``split`` if given."""
+        return evaluate(self.eval_context(split))
+
+    def sampler(self) -> "Sampler":
+        """What the functions of moejax.generate.api sample from."""
+        from moejax.generate.api import sampler_of
+
+        return sampler_of(self)
+
     def eval_context(self, split: str | None = None) -> EvalContext:
-        """What evaluators take, for ``split`` (default: ``eval.split``); opens the data."""
-        train = self.train_pipeline()
-        split = split or self.config.eval.split
-        pipeline = train if split == "train" else open_pipeline(self.config, split)
-        return self.setup.eval_context(self.params, pipeline, train)
+        """What evaluators take; opens the data. With a ``split`` all run on that one alone."""
+        config = self.config if split is None else on_split(self.config, split)
+        opened = {"train": self.train_pipeline()}
+        for name in (config.eval.split, *(plan.split for plan in eval_plans(config.eval))):
+            if name not in opened:
+                opened[name] = open_pipeline(config, name)
+        setup = dataclasses.replace(self.setup, config=config)
+        return setup.eval_context(self.params, opened[config.eval.split], opened["train"], opened)
 
 
 def load(workdir: str | os.PathLike, step: int | None = None) -> Loaded:
-    """The model of a run at ``step`` (default: the newest checkpoint); needs none of its data.
+    """The model of a run at ``step`` (default: the newest checkpoint); ``moejax.load``.
 
-    A run whose mesh this machine does not have is loaded on the devices there are.
+    None of its data is needed until it is asked for. A run whose mesh this machine does not have is
+    loaded on the devices there are; packages of the user's own that it was trained with are
+    imported. For example::
+
+        run = moejax.load("runs/quickstart")
+        run.step, run.config.optim.learning_rate
+        run.evaluate()
 
     Raises:
-      UserError: there is no run, or no such checkpoint.
+      UserError: there is no run, no such checkpoint, or a package is missing.
     """
     workdir = Path(workdir)
     record = read_record(workdir)
     if record is None:
         raise UserError(f"--workdir {workdir}: no run there (no config.json)")
+    import_recorded(record, workdir)
     steps = saved_steps(workdir / "checkpoints")
     if not steps:
         raise UserError(f"--workdir {workdir}: no checkpoint there; train it first")

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,29 @@ import jax.numpy as jnp
 
 from moejax.analysis.flops import BACKWARD_AND_FORWARD, flops_per_token
 from moejax.analysis.params import param_table
+from moejax.analysis.trace import PROGRAM
 from moejax.config.schema import Config
 from moejax.train import workdir as workdirs
 from moejax.train.checkpoint import Checkpoints, saved_steps
-from moejax.train.evaluate import EvalContext, evaluate, format_table, put_batch
+from moejax.train.evaluate import (
+    EvalContext,
+    EvalPlan,
+    Patience,
+    eval_plans,
+    format_table,
+    put_batch,
+    run_evaluators,
+)
 from moejax.train.progress import Progress, format_count
 from moejax.train.setup import Setup, prepare, surroundings
+from moejax.train.start import Start, plan_start
 from moejax.train.state import TrainState
 from moejax.train.step import StepMetrics, make_train_step
 from moejax.train.throughput import Clock, peak_flops
-from moejax.train.writers import MetricWriter, read_rows
+from moejax.train.writers import MetricWriter, open_sinks, read_rows
+
+# How a run that was stopped early can be gone on with.
+GO_ON = "with a larger eval.patience (0: none) the same command goes on"
 
 
 class NonFiniteLoss(RuntimeError):
@@ -53,12 +67,16 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     if steps and steps[-1] >= config.train.steps:
         print(f"{workdir}: already trained to step {steps[-1]} of {config.train.steps}")
         return last_values(workdir)
+    if steps and (patience := recorded_patience(config, workdir, steps[-1])).exhausted:
+        print(f"{workdir}: stopped early, finished: {patience.describe()}; {GO_ON}")
+        return last_values(workdir)
     setup = prepare(config)
     workdirs.check_data_version(workdir, record, setup.pipeline.version)
     made_with = surroundings(setup)
+    start = None if steps else plan_start(setup, workdir)
     with _StopSignals() as stop, contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(setup.mesh))
-        run = _Run(setup, workdir, stop)
+        run = _Run(setup, workdir, stop, start)
         for change in workdirs.changed_surroundings(record, made_with):
             run.progress.say(f"warning: not bit for bit as before: {change}")
         # A new folder is never without its config.json; an old one keeps it until the restored
@@ -78,6 +96,12 @@ def last_values(workdir: Path) -> dict[str, float]:
     for row in read_rows(workdir / "metrics.jsonl"):
         values.update(row)
     return values
+
+
+def recorded_patience(config: Config, workdir: Path, step: int) -> Patience:
+    """The early stop as the rows up to ``step`` have it."""
+    rows = read_rows(workdir / "metrics.jsonl")
+    return Patience(config.eval, [row for row in rows if row["step"] <= step])
 
 
 class _StopSignals:
@@ -108,9 +132,11 @@ class _StopSignals:
 class _Run:
     """The parts of a run that is under way. ``open`` makes or restores them, ``go`` trains."""
 
-    def __init__(self, setup: Setup, workdir: Path, stop: _StopSignals):
+    def __init__(self, setup: Setup, workdir: Path, stop: _StopSignals, start: Start | None):
         config = setup.config
+        self.start = start
         self.setup, self.config, self.workdir, self.stop = setup, config, workdir, stop
+        self.sources = [spec for spec, _ in config.data.sources]
         folder = workdir / "checkpoints"
         latest = max(saved_steps(folder), default=0)
         self.primary = jax.process_index() == 0
@@ -120,6 +146,7 @@ class _Run:
             losses=getattr(config.model, "modalities", ()),
             quiet=not self.primary,
         )
+        self.plans = eval_plans(config.eval)
         self.context: EvalContext | None = None
         # The last step: its number and metrics, not looked at before the next one is under way.
         self.unchecked: tuple[int, StepMetrics] | None = None
@@ -150,28 +177,40 @@ class _Run:
         self.state: TrainState
         self.sums: StepMetrics
         if latest is None:
-            self.state, self.sums = setup.recipe.create(), self.zeros
+            self.state, self.sums = self.initial_state(), self.zeros
         else:
             self.state, self.sums = self.checkpoints.restore(
                 latest, setup.recipe.abstract, self.zeros
             )
         self.first = latest or 0
         self.best = self.checkpoints.best()
-        self.writer = MetricWriter(self.workdir, self.first, tensorboard=config.log.tensorboard)
+        self.patience = recorded_patience(config, self.workdir, self.first)
+        sinks = open_sinks(config, self.workdir, self.first) if self.primary else []
+        self.writer = MetricWriter(self.workdir, self.first, sinks)
         stack.callback(self.writer.close)
         stack.callback(self.progress.close)
-        self.progress.say(header(setup))
+        self.progress.say("\n".join([header(setup), *(sink.note for sink in sinks if sink.note)]))
         if latest is not None:
             self.progress.say(f"resumed from step {latest}")
+        elif self.start is not None:
+            self.progress.say(self.start.describe())
         self.train_step = traced.lower().compile()
         flops = BACKWARD_AND_FORWARD * flops_per_token(config)
         self.clock = Clock(flops, peak_flops(jax.devices()) if flops else 1.0)
+
+    def initial_state(self) -> TrainState:
+        """Drawn, or with the parameters of another run; init_report.json then says which."""
+        if self.start is None:
+            return self.setup.recipe.create()
+        if self.primary:
+            self.start.write(self.workdir)
+        return self.start.create(self.setup.recipe)
 
     def go(self) -> None:
         """Steps from the restored step to the last one, or until a stop is asked for."""
         config, total = self.config, self.config.train.steps
         batches = iter(self.setup.pipeline.batches(self.first))
-        profiler = _Profiler(config, self.workdir, self.first)
+        profiler = _Profiler(self)
         for step in range(self.first, total):
             profiler.before(step)
             asked = time.perf_counter()
@@ -197,31 +236,39 @@ class _Run:
             # Read once: a signal that comes after this line waits for the next step.
             stop = self.stop.requested
             self.look_back(done, stop)
+            if self.patience.exhausted and done < total:
+                self.end(f"stopped early at step {done}: {self.patience.describe()}; {GO_ON}")
+                return
             if stop and done < total:
                 self.progress.say(f"stopped at step {done}; run the same command to go on")
                 return
+        self.end(f"trained to step {total}: {self.workdir}")
+
+    def end(self, line: str) -> None:
+        """The last words of a run that is finished."""
         self.progress.close()
-        self.progress.say(f"trained to step {total}: {self.workdir}")
+        if self.clock.total_seconds:
+            share = self.clock.total_waited / self.clock.total_seconds
+            self.progress.say(f"input wait: {share:.2%} of the time of the steps")
+        self.progress.say(line)
 
     def look_back(self, done: int, stop: bool) -> None:
         """Evaluates and saves after ``done`` steps, where it is time to (saves if ``stop``)."""
         config, last = self.config, done == self.config.train.steps
-        every = config.eval.every
-        measure = self.setup.eval_pipeline is not None and (
-            last or (every > 0 and done % every == 0)
-        )
+        due = [plan for plan in self.plans if last or plan.due(done)]
         save = last or done % config.train.checkpoint_every == 0 or stop
-        if not (measure or save):
+        if not (due or save):
             return
         # A checkpoint at this step promises that the rows up to it are written.
         self.settle()
         with self.clock.paused():
-            values = self.evaluate(done) if measure else None
+            values = self.evaluate(done, due) if due else None
             score = self.checkpoints.score(values)
-            if save or score < self.best:
+            ended = last or self.patience.exhausted
+            if save or ended or score < self.best:
                 self.best = min(self.best, score)
                 self.checkpoints.save(done, self.state, self.sums, self.setup.mesh, values)
-            if last:
+            if ended:
                 self.checkpoints.wait()
 
     def settle(self) -> None:
@@ -232,24 +279,40 @@ class _Run:
                 raise NonFiniteLoss(self.non_finite(step, int(metrics.skipped_in_row)))
         if self.unwritten is not None:
             (step, sums), self.unwritten = self.unwritten, None
-            values = {**row_values(sums), **self.clock.read()}
+            values = {**row_values(sums, self.sources), **self.clock.read()}
             if self.primary:
                 self.writer.write(step, values)
             self.progress.row(step, values)
 
-    def evaluate(self, done: int) -> dict[str, float]:
-        """Evaluates the state and writes the row; prints a table after the last step."""
+    def evaluate(self, done: int, due: list[EvalPlan]) -> dict[str, float]:
+        """Evaluates the state by ``due``, writes the row and the pictures, prints a table.
+
+        When that ends the run, the evaluators whose time it was not have their turn as well.
+        """
         params = self.state.eval_params()
         setup = self.setup
-        context = self.context or setup.eval_context(params, setup.eval_pipeline, setup.pipeline)
+        context = self.context or setup.eval_context(
+            params, setup.eval_pipeline, setup.pipeline, setup.eval_others
+        )
         self.context = context.with_params(params)
-        values = evaluate(self.context)
+        result = run_evaluators(self.context, due)
+        self.patience.note(done, result.values)
+        if self.patience.exhausted:
+            rest = [plan for plan in self.plans if plan not in due]
+            result = result.joined(run_evaluators(self.context, rest))
         # Parameters are donated to the next step: the context must not keep them.
         self.context = context.with_params(None)
-        if self.primary:
+        values = result.values
+        if self.primary and values:
             self.writer.write(done, {f"eval/{name}": value for name, value in values.items()})
-        split = self.config.eval.split
-        self.progress.say(f"evaluation on {split} at step {done}\n{format_table(values)}")
+        paths = self.writer.images(done, result.images) if self.primary else []
+        if values:
+            split = self.config.eval.split
+            self.progress.say(f"evaluation on {split} at step {done}\n{format_table(values)}")
+        for path in paths:
+            self.progress.say(f"samples at step {done}: {path}")
+        if self.patience.limit and self.patience.since:
+            self.progress.say(self.patience.describe())
         return values
 
     def non_finite(self, step: int, in_row: int) -> str:
@@ -262,12 +325,16 @@ class _Run:
 
 
 class _Profiler:
-    """A jax.profiler trace of ``train.profile_steps`` steps from ``train.profile_start`` on."""
+    """A jax.profiler trace of ``train.profile_steps`` steps from ``train.profile_start`` on.
 
-    def __init__(self, config: Config, workdir: Path, first: int):
-        self.start = max(config.train.profile_start, first)
-        self.stop = min(self.start + config.train.profile_steps, config.train.steps) - 1
-        self.folder = workdir / "profile"
+    Beside it lies the program of the step, which has the named scopes (moejax.analysis.trace).
+    """
+
+    def __init__(self, run: _Run):
+        config = run.config.train
+        self.start = max(config.profile_start, run.first)
+        self.stop = min(self.start + config.profile_steps, config.steps) - 1
+        self.run, self.folder = run, run.workdir / "profile"
 
     def before(self, step: int) -> None:
         if self.start == step <= self.stop:
@@ -277,13 +344,20 @@ class _Profiler:
         if self.start <= step == self.stop:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
+            if self.run.primary:
+                program = self.run.train_step.as_text()
+                (self.folder / PROGRAM).write_text(program, encoding="utf-8")
+            steps = f"steps {self.start + 1} to {self.stop + 1}"
+            self.run.progress.say(f"profile of {steps}: {self.folder}")
 
 
-def row_values(sums: StepMetrics) -> dict[str, float]:
+def row_values(sums: StepMetrics, sources: Sequence[str] = ()) -> dict[str, float]:
     """The training fields of a metrics row: exact means over the steps that ``sums`` adds up.
 
     A loss without a target in these steps is left out, as are all when every step was skipped.
+    ``sources`` names the sources of a mixture, whose losses are counted by number.
     """
+    names = {f"source_{index}": f"source/{name}" for index, name in enumerate(sources)}
     values: dict[str, float] = {}
     sums = jax.device_get(sums)
     if sums.steps > 0:
@@ -293,7 +367,8 @@ def row_values(sums: StepMetrics) -> dict[str, float]:
         if weight > 0:
             # "text_correct" counts right predictions: its mean is an accuracy.
             modality = name.removesuffix("_correct")
-            key = f"train/loss/{name}" if modality == name else f"train/accuracy/{modality}"
+            shown = names.get(name, name)
+            key = f"train/loss/{shown}" if modality == name else f"train/accuracy/{modality}"
             values[key] = float(sums.losses.sums[name] / weight)
     values["train/learning_rate"] = float(sums.learning_rate)
     values["train/skipped"] = int(sums.skipped)
@@ -304,7 +379,7 @@ def header(setup: Setup) -> str:
     """What is about to be trained, in a few lines."""
     config, pipeline, mesh = setup.config, setup.pipeline, setup.mesh
     params = sum(leaf.size for leaf in jax.tree.leaves(setup.recipe.abstract.params))
-    active = param_table(setup.model, config).active
+    table = param_table(setup.model, config)
     shape = ", ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
     steps, epoch = config.train.steps, max(1, pipeline.steps_per_epoch)
     tokens = config.data.batch_size * config.data.sequence_length
@@ -313,9 +388,11 @@ def header(setup: Setup) -> str:
         size = f"{config.data.batch_size} pictures"
     lines = (
         f"{config.about.name or config.model.name}: {format_count(params)} parameters, "
-        f"{format_count(active)} active for a token, in {config.model.dtype}",
+        f"{format_count(table.active)} active for a token, "
+        + (f"{format_count(table.frozen)} frozen, " if table.frozen else "")
+        + f"in {config.model.dtype}",
         f"devices: {mesh.size} x {jax.devices()[0].device_kind}" + (f" ({shape})" if shape else ""),
-        f"data: {config.data.source}, {len(pipeline.source)} records; {size} a step, "
+        f"data: {pipeline.source.name}, {len(pipeline.source)} records; {size} a step, "
         f"{epoch} steps an epoch",
         f"training: {steps} steps, {steps / epoch:.3g} epochs"
         + (f", {format_count(steps * tokens)} tokens" if config.data.format == "tokens" else ""),

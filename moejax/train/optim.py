@@ -1,32 +1,40 @@
-"""Optimizers and learning-rate schedules, and which parameters are decayed."""
+"""The optimizer of a config: schedule, groups of parameters, weight decay, what is frozen."""
 
+import dataclasses
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax.core import meta
 
-from moejax import axes
-from moejax.config import Registry
 from moejax.config.schema import Config, OptimConfig
+from moejax.errors import UserError
+from moejax.train.freeze import freeze_masks, trainable
+from moejax.train.leaves import is_box, named_leaves, nearest_names, own_axes, path_name
+from moejax.train.optimizers import OPTIMIZERS, Schedule
 
-Schedule = Callable[[Any], jax.Array]
+__all__ = ["OPTIMIZERS", "Optimizer", "decay_mask", "make_optimizer", "make_schedule", "path_name"]
 
-# optim.name -> function(config.optim, schedule, decay_mask) -> optax.GradientTransformation.
-OPTIMIZERS: Registry[Callable[..., optax.GradientTransformation]] = Registry("optimizer")
-
-# Axes that count parameters of one kind; the rest are the shape of a single parameter.
-GROUP_AXES = (axes.LAYERS, axes.MODALITY)
+# The label of the parameters that are in no group of optim.groups.
+_REST = "rest"
+# No leaf at all: what an optimizer has nothing to do with.
+_NONE = optax.MaskedNode()
 
 
 class Optimizer(NamedTuple):
-    """The optax transform (clipping and learning rate included) and its schedule."""
+    """What changes the parameters.
+
+    Attributes:
+      transform: clipping and learning rates included. It takes parameters and gradients with or
+        without the leaves that are frozen as a whole, and gives updates without them.
+      schedule: the learning rate of a group of scale 1.
+      frozen: the masks of moejax.train.freeze, a tree with the structure of the bare parameters.
+    """
 
     transform: optax.GradientTransformation
     schedule: Schedule
+    frozen: Any
 
 
 def make_optimizer(config: Config, params: Any) -> Optimizer:
@@ -38,28 +46,71 @@ def make_optimizer(config: Config, params: Any) -> Optimizer:
         are any.
 
     Raises:
-      UserError: ``optim.name`` is not registered.
+      UserError: an optimizer that is not registered, or a rule that no parameter meets.
     """
     optim = config.optim
     schedule = make_schedule(optim, config.train.steps)
-    make = OPTIMIZERS.get(optim.name, field="optim.name")
-    transform = make(optim, schedule, decay_mask(params, optim.no_decay))
+    frozen = freeze_masks(params, optim.freeze, getattr(config.model, "modalities", ()))
+    inner = _grouped(optim, schedule, trainable(frozen, params))
     if optim.clip_norm > 0:
-        transform = optax.chain(optax.clip_by_global_norm(optim.clip_norm), transform)
-    return Optimizer(transform, schedule)
+        inner = optax.chain(optax.clip_by_global_norm(optim.clip_norm), inner)
+
+    def init(params):
+        return inner.init(trainable(frozen, params))
+
+    def update(updates, state, params):
+        return inner.update(trainable(frozen, updates), state, trainable(frozen, params))
+
+    return Optimizer(optax.GradientTransformation(init, update), schedule, frozen)
 
 
-@OPTIMIZERS.register("adamw")
-def adamw(optim: OptimConfig, schedule: Schedule, decay_mask: Any):
-    """AdamW (Loshchilov and Hutter, 2019), decay scaled by the learning rate."""
-    return optax.adamw(
-        schedule,
-        b1=optim.b1,
-        b2=optim.b2,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        mask=decay_mask,
-    )
+def _grouped(optim: OptimConfig, schedule: Schedule, params: Any) -> optax.GradientTransformation:
+    """The optimizer of each parameter: that of its group, else ``optim.name``."""
+    OPTIMIZERS.get(optim.name, field="optim.name")
+    labels = _labels(optim, params)
+    settings = {_REST: (optim, 1.0)}
+    for i, group in enumerate(optim.groups):
+        OPTIMIZERS.get(group.name or optim.name, field=f"optim.groups[{i}].name")
+        decay = group.weight_decay if group.weight_decay >= 0 else optim.weight_decay
+        own = dataclasses.replace(optim, name=group.name or optim.name, weight_decay=decay)
+        settings[_group(i)] = own, group.scale
+
+    def make(label: str) -> optax.GradientTransformation:
+        own, scale = settings[label]
+        only = jax.tree.map(lambda x, leaf: leaf if x == label else _NONE, labels, params)
+        rate = schedule if scale == 1 else lambda count: scale * schedule(count)
+        return OPTIMIZERS.get(own.name)(own, rate, decay_mask(only, own.no_decay), only)
+
+    used = sorted(set(jax.tree.leaves(labels))) or [_REST]
+    if used == [_REST]:
+        return make(_REST)
+    return optax.partition({label: make(label) for label in used}, labels)
+
+
+def _labels(optim: OptimConfig, params: Any) -> Any:
+    """For each parameter the label of the first group whose pattern is found in its path."""
+    names = named_leaves(params)
+    found = {
+        name: next((i for i, group in enumerate(optim.groups) if re.search(group.match, name)), -1)
+        for name in names
+    }
+    for i, group in enumerate(optim.groups):
+        if i in found.values():
+            continue
+        why = f"is found in no parameter that is trained{nearest_names(group.match, names)}"
+        if any(re.search(group.match, name) for name in names):
+            why = "only in parameters of the groups before it; put it first"
+        raise UserError(f"optim.groups[{i}].match: {group.match!r} {why}")
+
+    def label(path, _) -> str:
+        number = found[path_name(path)]
+        return _group(number) if number >= 0 else _REST
+
+    return jax.tree_util.tree_map_with_path(label, params, is_leaf=is_box)
+
+
+def _group(number: int) -> str:
+    return f"group_{number}"
 
 
 def make_schedule(optim: OptimConfig, steps: int) -> Schedule:
@@ -109,19 +160,6 @@ def decay_mask(params: Any, no_decay: tuple[str, ...]) -> Any:
         name = path_name(path)
         if any(pattern.search(name) for pattern in patterns):
             return False
-        return _own_axes(leaf) > 1
+        return len(own_axes(leaf)) > 1
 
-    is_box = lambda x: isinstance(x, meta.AxisMetadata)
     return jax.tree_util.tree_map_with_path(decays, params, is_leaf=is_box)
-
-
-def path_name(path) -> str:
-    """``"blocks/ffn/wi_mdf"`` for a key path of jax.tree_util."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _own_axes(leaf: Any) -> int:
-    names = getattr(leaf, "names", None)
-    if names is None:
-        return len(meta.unbox(leaf).shape)
-    return sum(name not in GROUP_AXES for name in names)

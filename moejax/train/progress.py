@@ -59,10 +59,7 @@ class Progress:
         done = step - self.start
         if done <= 0:
             return "?"
-        seconds = (time.monotonic() - self._began) / done * (self.total - step)
-        minutes, seconds = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        return format_seconds((time.monotonic() - self._began) / done * (self.total - step))
 
     def close(self) -> None:
         if self._drawn:
@@ -70,8 +67,15 @@ class Progress:
         self._drawn, self._bar = 0.0, False
 
 
+def format_seconds(seconds: float) -> str:
+    """``200`` -> ``"3:20"``, ``3700`` -> ``"1:01:40"``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def describe(values: dict[str, float], losses: Sequence[str] = ()) -> str:
-    """``"loss 5.31 (text 4.9, image 6.0)  lr 1e-03  12.1k tokens/s  utilisation 31%"``."""
+    """``"loss 5.31 (text 4.9)  lr 1e-03  12.1k tokens/s  input wait 0.1%  utilisation 31%"``."""
     parts = []
     if "train/loss" in values:
         each = [
@@ -89,6 +93,8 @@ def describe(values: dict[str, float], losses: Sequence[str] = ()) -> str:
         rate = values.get(f"train/{unit}_per_second")
         if rate is not None:
             parts.append(f"{format_count(rate)} {unit}/s")
+    if "train/input_wait_fraction" in values:
+        parts.append(f"input wait {values['train/input_wait_fraction']:.1%}")
     if "train/utilisation" in values:
         parts.append(f"utilisation {values['train/utilisation']:.0%}")
     return "  ".join(parts)

@@ -3,20 +3,22 @@
 import dataclasses
 import importlib.metadata
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from moejax.analysis.params import abstract_batch
+from moejax.config.packages import imported_packages
 from moejax.config.schema import Config
-from moejax.data.pipeline import build_pipeline
+from moejax.data.build import build_pipeline
 from moejax.models import build_model
 from moejax.objectives import build_objective
 from moejax.parallel.mesh import batch_sharding, check_mesh, make_mesh
-from moejax.train.evaluate import EvalContext, check_evaluators
+from moejax.train.compilation import use_compilation_cache
+from moejax.train.evaluate import EvalContext, check_evaluators, eval_plans
 from moejax.train.state import StateRecipe, state_recipe
-from moejax.train.writers import check_tensorboard
+from moejax.train.writers import check_writers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +39,14 @@ class ModelSetup:
     objective: Callable
     recipe: StateRecipe
 
-    def eval_context(self, params: Any, pipeline: Any, train_pipeline: Any) -> EvalContext:
-        """What evaluators take, for ``params`` on the data of ``pipeline``."""
+    def eval_context(
+        self,
+        params: Any,
+        pipeline: Any,
+        train_pipeline: Any,
+        others: Mapping[str, Any] | None = None,
+    ) -> EvalContext:
+        """What evaluators take, for ``params`` on the data of ``pipeline`` (and of ``others``)."""
         return EvalContext(
             config=self.config,
             model=self.model,
@@ -47,6 +55,7 @@ class ModelSetup:
             pipeline=pipeline,
             train_pipeline=train_pipeline,
             mesh=self.mesh,
+            others=others or {},
         )
 
 
@@ -57,11 +66,13 @@ class Setup(ModelSetup):
     Attributes:
       pipeline: training data.
       eval_pipeline: data of ``eval.split``; None when nothing is evaluated.
+      eval_others: data of the other splits that ``eval.metrics`` names.
       batch: shapes of a batch.
     """
 
     pipeline: Any
     eval_pipeline: Any
+    eval_others: dict[str, Any]
     batch: dict[str, jax.ShapeDtypeStruct]
 
 
@@ -69,9 +80,10 @@ def configure_jax(config: Config) -> None:
     """Process-wide settings of ``config``; call before anything is computed."""
     if getattr(config.model, "dtype", "") == "float64":
         jax.config.update("jax_enable_x64", True)
-    if config.train.compilation_cache_dir:
-        folder = os.path.expanduser(config.train.compilation_cache_dir)
-        jax.config.update("jax_compilation_cache_dir", folder)
+    use_compilation_cache(config.train.compilation_cache_dir)
+    if config.train.profile_steps:
+        # Else a program kept from before a change of names comes back with the old ones.
+        jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
 
 
 def prepare(config: Config, devices: Sequence[Any] | None = None) -> Setup:
@@ -82,20 +94,30 @@ def prepare(config: Config, devices: Sequence[Any] | None = None) -> Setup:
     """
     configure_jax(config)
     check_evaluators(config)
-    if config.log.tensorboard:
-        check_tensorboard()
+    check_writers(config.log)
     # The mesh before the data: what costs nothing is checked first.
     check_mesh(config, len(jax.devices() if devices is None else devices))
     build_model(config)
     pipeline = open_pipeline(config, "train")
-    eval_pipeline = open_pipeline(config, config.eval.split) if config.eval.metrics else None
+    opened = {"train": pipeline}
+    plans = eval_plans(config.eval)
+    splits = [config.eval.split, *(plan.split for plan in plans)] if plans else []
+    for split in splits:
+        if split not in opened:
+            opened[split] = open_pipeline(config, split)
     sample = pipeline.batch(0)
     setup = prepare_model(config, devices, sample)
     batch = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(setup.mesh))
         for name, x in sample.items()
     }
-    return Setup(**vars(setup), pipeline=pipeline, eval_pipeline=eval_pipeline, batch=batch)
+    return Setup(
+        **vars(setup),
+        pipeline=pipeline,
+        eval_pipeline=opened[config.eval.split] if plans else None,
+        eval_others={split: opened[split] for split in splits},
+        batch=batch,
+    )
 
 
 def prepare_model(
@@ -115,12 +137,12 @@ def prepare_model(
 
 
 def open_pipeline(config: Config, split: str) -> Any:
-    """The data of ``split``; pictures become codes by the frozen image tokenizer of the config."""
+    """The data of ``split``; pictures go through the frozen image tokenizer of the config."""
     codec: Any = None
     if config.data.format == "tokens":
-        from moejax.models.tokenizer import load_image_codec
+        from moejax.models.picture_codec import load_picture_codec
 
-        codec = load_image_codec(config.data.image_tokenizer)
+        codec = load_picture_codec(config)
     return build_pipeline(config, split, codec=codec)
 
 
@@ -131,6 +153,7 @@ def surroundings(setup: Setup) -> dict[str, Any]:
         "device_count": jax.device_count(),
         "device_kind": jax.devices()[0].device_kind,
         "flax": importlib.metadata.version("flax"),
+        "imports": imported_packages(),
         "jax": jax.__version__,
         "moejax": moejax_version(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),

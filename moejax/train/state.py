@@ -46,14 +46,19 @@ class StateRecipe(NamedTuple):
     Attributes:
       optimizer: the optax transform and its schedule.
       abstract: TrainState of ShapeDtypeStructs, with shardings.
+      boxed: the parameters as ShapeDtypeStructs, boxed with the logical names of their axes.
       shardings: TrainState of NamedShardings.
-      create: function without arguments that returns the initial TrainState.
+      create: ``create(edit, kept, spent)`` returns the initial TrainState. Without arguments the
+        parameters are drawn; else they are ``edit(drawn, kept, spent)``, traced by jit, and what
+        it does not read is never drawn. The buffers of ``spent`` are given away: values that are
+        taken over as they are belong there, so that they are in memory once.
     """
 
     optimizer: Optimizer
     abstract: TrainState
     shardings: TrainState
-    create: Callable[[], TrainState]
+    boxed: Any
+    create: Callable[..., TrainState]
 
 
 def state_recipe(model, config, mesh: jax.sharding.Mesh, sample_batch: dict) -> StateRecipe:
@@ -74,9 +79,11 @@ def state_recipe(model, config, mesh: jax.sharding.Mesh, sample_batch: dict) -> 
         variables = model.init({"params": key, "dropout": key}, batch, train=False)
         return variables["params"]
 
-    def init_state() -> TrainState:
+    def init_state(edit: Callable | None = None, kept: Any = None, spent: Any = None) -> TrainState:
         key = jax.random.key(config.train.seed)
         params = init_params(jax.random.fold_in(key, 0))
+        if edit is not None:
+            params = meta.replace_boxed(params, edit(meta.unbox(params), kept, spent))
         zero = jnp.zeros((), jnp.int32)
         return TrainState(
             step=zero,
@@ -101,12 +108,16 @@ def state_recipe(model, config, mesh: jax.sharding.Mesh, sample_batch: dict) -> 
         shardings,
     )
 
-    def create() -> TrainState:
-        make = jax.jit(lambda: meta.unbox(init_state()), out_shardings=shardings)
+    def create(edit: Callable | None = None, kept: Any = None, spent: Any = None) -> TrainState:
+        make = jax.jit(
+            lambda kept, spent: meta.unbox(init_state(edit, kept, spent)),
+            out_shardings=shardings,
+            donate_argnums=1,
+        )
         with jax.set_mesh(mesh):
-            return make()
+            return make(kept, spent)
 
-    return StateRecipe(optimizer, abstract, shardings, create)
+    return StateRecipe(optimizer, abstract, shardings, boxed_params, create)
 
 
 def create_state(model, config, mesh, sample_batch: dict) -> tuple[TrainState, TrainState]:

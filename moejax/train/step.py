@@ -10,6 +10,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.parallel.mesh import batch_sharding
+from moejax.train.freeze import combine, trainable
 from moejax.train.optim import Optimizer
 from moejax.train.state import TrainState
 
@@ -50,9 +51,12 @@ def make_loss(model, objective, accumulation_steps: int, mesh: jax.sharding.Mesh
     """
 
     def sums(params, batch, key):
-        model_key, objective_key = jax.random.split(key)
+        model_key, objective_key, batch_key = jax.random.split(key, 3)
+        batch = objective.prepare(batch, batch_key)
         outputs = model.apply({"params": params}, batch, train=True, rngs={"dropout": model_key})
-        return objective(outputs, batch, objective_key)
+        # Named for the profiler; the parts of the model are named by their modules.
+        with jax.named_scope("objective"):
+            return objective(outputs, batch, objective_key)
 
     def loss(params, batch, key):
         if accumulation_steps == 1:
@@ -95,24 +99,32 @@ def make_train_step(
     """The jitted ``step(state, batch) -> (state, metrics)``; ``state`` is donated.
 
     A step whose loss or gradient norm is not finite changes nothing but ``step``, ``skipped`` and
-    ``skipped_in_row``; the schedule then does not advance either.
+    ``skipped_in_row``; the schedule then does not advance either. What ``optim.freeze`` names is
+    neither differentiated nor changed (moejax.train.freeze).
     """
     loss = make_loss(model, objective, config.optim.accumulation_steps, mesh)
     ema_decay = config.optim.ema_decay
+    frozen = optimizer.frozen
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        (value, sums), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
-        grad_norm = optax.tree.norm(grads)
-        good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
 
-        updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        updated = state.replace(params=params, opt_state=opt_state)
-        if ema_decay > 0:
-            applied = state.step - state.skipped
-            updated = updated.replace(ema=moving_average(state.ema, params, ema_decay, applied))
-        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, state)
+        def loss_of(free):
+            return loss(combine(frozen, state.params, free), batch, key)
+
+        free = trainable(frozen, state.params)
+        (value, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(free)
+        with jax.named_scope("optimizer"):
+            grad_norm = optax.tree.norm(grads)
+            good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+            updates, opt_state = optimizer.transform.update(grads, state.opt_state, free)
+            params = combine(frozen, state.params, optax.apply_updates(free, updates))
+            updated = state.replace(params=params, opt_state=opt_state)
+            if ema_decay > 0:
+                applied = state.step - state.skipped
+                average = moving_average(state.ema, params, ema_decay, applied)
+                updated = updated.replace(ema=combine(frozen, state.ema, average))
+            kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, state)
         new_state = kept.replace(
             step=state.step + 1,
             skipped=state.skipped + jnp.where(good, 0, 1),

@@ -69,6 +69,7 @@ class Clock:
     Attributes:
       flops_per_token: of one training step (forward and backward); 0 if not known.
       peak: FLOP/s to compare with.
+      total_seconds: of all rows that were read, and total_waited those of them spent waiting.
     """
 
     flops_per_token: float
@@ -78,6 +79,8 @@ class Clock:
     tokens: int = 0
     slots: int = 0
     examples: int = 0
+    total_seconds: float = 0.0
+    total_waited: float = 0.0
     _since: float = dataclasses.field(default_factory=time.perf_counter)
 
     def step(self, batch: dict, waited: float) -> None:
@@ -115,5 +118,7 @@ class Clock:
         if self.flops_per_token and self.slots:
             # Padding is computed too, so every slot counts as work of the device.
             values["train/utilisation"] = self.flops_per_token * self.slots / seconds / self.peak
+        self.total_seconds += seconds
+        self.total_waited += self.waited
         self.restart()
         return values

@@ -145,7 +145,13 @@ def grouped_matmul(x_td, w_edf, group_sizes, *, group_offset, transpose_rhs, out
     """``out[r] = x[r] @ w[group(r) - group_offset]``, zero for rows of other groups."""
     inner, outer = w_edf.shape[1:] if not transpose_rhs else w_edf.shape[:0:-1]
     shape = _Shape(x_td.shape[0], inner, outer, w_edf.shape[0], group_sizes.shape[0])
-    run = _matmul_program(shape, group_offset, transpose_rhs, out_dtype)
+    run = _program(
+        "grouped_matmul",
+        shape,
+        group_offset=group_offset,
+        transpose_rhs=transpose_rhs,
+        out_dtype=out_dtype,
+    )
     return run(x_td, w_edf, group_sizes)
 
 
@@ -153,7 +159,8 @@ def grouped_matmul_t(x_td, y_tf, group_sizes, *, group_offset, num_local, out_dt
     """``out[e] = x[rows of e].T @ y[rows of e]``, exactly zero for empty groups."""
     rows, inner = x_td.shape
     shape = _Shape(rows, inner, y_tf.shape[1], num_local, group_sizes.shape[0])
-    return _matmul_t_program(shape, group_offset, out_dtype)(x_td, y_tf, group_sizes)
+    options = {"group_offset": group_offset, "num_local": num_local, "out_dtype": out_dtype}
+    return _program("grouped_matmul_t", shape, **options)(x_td, y_tf, group_sizes)
 
 
 class _Shape(NamedTuple):
@@ -176,41 +183,19 @@ class _Shape(NamedTuple):
         )
 
 
-@functools.cache
-def _matmul_program(shape: _Shape, group_offset: int, transpose_rhs: bool, out_dtype: str):
-    options = {
-        "group_offset": group_offset,
-        "transpose_rhs": transpose_rhs,
-        "out_dtype": out_dtype,
-    }
-
-    def run(x_td, w_edf, group_sizes):
-        return lax.platform_dependent(
-            x_td,
-            w_edf,
-            group_sizes,
-            cpu=functools.partial(_loop_matmul, **options),
-            default=functools.partial(_ragged_matmul, **options),
-        )
-
-    return costed_jit(run, shape.name("grouped_matmul"), shape.cost())
+# kernel -> (on CPU, elsewhere)
+_KERNELS = {
+    "grouped_matmul": (_loop_matmul, _ragged_matmul),
+    "grouped_matmul_t": (_loop_matmul_t, _ragged_matmul_t),
+}
 
 
 @functools.cache
-def _matmul_t_program(shape: _Shape, group_offset: int, out_dtype: str):
-    options = {
-        "group_offset": group_offset,
-        "num_local": shape.num_local,
-        "out_dtype": out_dtype,
-    }
+def _program(kernel: str, shape: _Shape, **options):
+    """The jitted kernel of these shapes and static options."""
+    on_cpu, elsewhere = (functools.partial(run, **options) for run in _KERNELS[kernel])
 
-    def run(x_td, y_tf, group_sizes):
-        return lax.platform_dependent(
-            x_td,
-            y_tf,
-            group_sizes,
-            cpu=functools.partial(_loop_matmul_t, **options),
-            default=functools.partial(_ragged_matmul_t, **options),
-        )
+    def run(*operands):
+        return lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
 
-    return costed_jit(run, shape.name("grouped_matmul_t"), shape.cost())
+    return costed_jit(run, shape.name(kernel), shape.cost())

@@ -1,16 +1,23 @@
 """FLOPs from the config against FLOPs counted from the program."""
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import pytest
+from flax.core import meta
 
 from moejax.analysis.flops import (
     TokenFlops,
+    adapter_products,
     counted_flops,
     flops_by_modality,
     flops_per_token,
     token_flops,
 )
+from moejax.analysis.jaxpr_flops import count_flops
 from moejax.config import load_config
 from moejax.nn.block import BLOCKS, dense_block
+from moejax.nn.patch_adapter import patch_adapter
 
 SMALL = {"data.batch_size": 2, "data.sequence_length": 64}
 UNTIED = {f"model.untie.{name}": True for name in ("qkv", "out", "ffn", "norms", "final_norm")}
@@ -55,6 +62,33 @@ def test_program_does_what_the_formula_says(overrides):
     assert formula is not None
     assert counted.forward.nominal == pytest.approx(formula.forward, rel=1e-9)
     assert counted.training.nominal == pytest.approx(formula.training, rel=1e-9)
+
+
+@pytest.mark.parametrize("adapter", ["linear", "unet"])
+def test_formula_of_a_patch_adapter_is_its_program(adapter):
+    """One row that is a picture alone: all of its tokens are patches."""
+    model = load_config(
+        "transfusion",
+        {"model.latents.adapter": adapter, "model.latents.patch": 2, "model.d_model": 24},
+    ).model
+    patches, z = model.latents.tokens_per_image, model.latents.size
+    module = patch_adapter(model, name="adapter")
+
+    inputs = (
+        jax.ShapeDtypeStruct((1, patches, z), jnp.float32),
+        jax.ShapeDtypeStruct((1, patches), jnp.float32),
+        jax.ShapeDtypeStruct((1, patches), jnp.int32),
+    )
+    run = nn.init(both_ways_of, module)
+    params = jax.eval_shape(run, jax.random.key(0), *inputs)
+    apply = nn.apply(both_ways_of, module)
+    counted = count_flops(apply, meta.unbox(params), *inputs)
+    assert counted.nominal == pytest.approx(2 * adapter_products(model) * patches, rel=1e-9)
+
+
+def both_ways_of(module, latents, times, image_id):
+    patches_btd, memory = module.encode(latents, times, image_id)
+    return module.decode(patches_btd, memory)
 
 
 def test_mot_costs_what_dense_does():

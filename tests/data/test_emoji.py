@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moejax.config.schema import DataConfig
 from moejax.data.emoji import FOLDER, compose_caption, load_emoji32
 from moejax.data.records import SPLITS
 from moejax.data.sources import SOURCES, RecordSource, open_source
@@ -184,7 +185,7 @@ def test_version_changes_with_every_option():
         ("builtin:emoji32", {"split": "valid"}, "did you mean 'val'"),
         ("builtin:emoji32", {"languages": ("en", "eo")}, "has no 'eo'; choose from: en, de, fr"),
         ("builtin:emoji32", {"languages": ("en", "en")}, "each language once"),
-        ("builtin:emoji32", {"caption": "keyword"}, "did you mean 'keywords'"),
+        ("builtin:emoji32", {"caption": "keyword"}, "data.caption: 'keyword' is none of name, keywords"),
         ("builtin:emoji32", {"image_size": 0}, "data.image_size"),
     ],
 )
@@ -197,10 +198,11 @@ def test_a_source_of_the_users_own(monkeypatch):
     monkeypatch.setattr(SOURCES, "_entries", dict(SOURCES._entries))
 
     @SOURCES.register("mine")
-    def open_mine(rest, split, *, image_size, languages, caption):
-        return (rest, split, image_size, languages, caption)
+    def open_mine(rest, split, data):
+        return rest, split, data
 
-    assert open_source("mine:a:b", "val") == ("a:b", "val", 32, ("en",), "name")
+    data = DataConfig(source="mine:a:b", languages=("de",))
+    assert open_source("mine:a:b", "val", languages=("de",)) == ("a:b", "val", data)
 
 
 def test_size_on_disk_and_notice():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moejax.config import load_config
-from moejax.data.pipeline import build_pipeline
+from moejax.data.build import build_pipeline
 from moejax.data.vocabulary import BOI, BOS, EOI, EOS, NUM_SPECIAL, PAD
 from moejax.errors import UserError
 
@@ -138,7 +138,10 @@ def test_batch_of_more_rows_than_an_epoch():
     [
         ({"data.sequence_length": 20}, "data.sequence_length=20: .* at least 21"),
         ({"model.vocab_size": 300}, "model.vocab_size=300: .* need 4368"),
-        ({"model.modalities": ("text", "speech")}, "model.modalities: .* needs 'image'"),
+        (
+            {"model.modalities": ("text", "speech")},
+            "model.modalities: builtin:emoji32 has no speech",
+        ),
     ],
 )
 def test_what_does_not_fit_names_the_field(changes, message):

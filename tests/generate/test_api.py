@@ -103,8 +103,8 @@ def test_parts_go_on_with_texts_and_whole_pictures(sampler):
 def test_split_parts_is_the_inverse_of_a_sequence(sampler):
     tokens = [
         *sampler.encode_text("ab"),
-        *sampler.encode_image(PICTURES[0]),
-        *sampler.encode_image(PICTURES[2]),
+        *sampler.encode_images(PICTURES[:1])[0][0],
+        *sampler.encode_images(PICTURES[2:3])[0][0],
         *sampler.encode_text("c"),
         EOS,
     ]

@@ -20,7 +20,8 @@ from moejax.config.schema import (
     TrainConfig,
 )
 from moejax.data.vocabulary import Vocabulary
-from moejax.models.tokenizer import FSQAutoencoder, save_image_codec
+from moejax.models.autoencoder import FSQAutoencoder
+from moejax.models.tokenizer import save_image_codec
 from moejax.train.loop import train
 
 SPLITS = ("train",) * 8 + ("val",) * 4

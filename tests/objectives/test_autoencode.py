@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.config.schema import AutoencodeConfig, FSQAutoencoderConfig
-from moejax.models.tokenizer import AutoencoderOutput
+from moejax.config.schema import AutoencodeConfig, FSQAutoencoderConfig, KLAutoencoderConfig
+from moejax.errors import UserError
+from moejax.models.autoencoder import AutoencoderOutput
 from moejax.objectives import OBJECTIVES
 
 
@@ -49,3 +50,22 @@ def test_microbatches_add_up(objective):
     first = objective(outputs(target[:1], other[:1]), {"weights": jnp.ones(1)})
     rest = objective(outputs(target[1:], other[1:]), {"weights": jnp.ones(3)})
     np.testing.assert_allclose((first + rest).total(), whole.total(), rtol=1e-6)
+
+
+def test_divergence_by_hand():
+    objective = OBJECTIVES.get("autoencode")(
+        AutoencodeConfig(l1=0.25, l2=2.0, kl=0.5), KLAutoencoderConfig()
+    )
+    target, reconstruction = jnp.zeros((3, 2, 2, 3)), jnp.full((3, 2, 2, 3), 0.5)
+    out = AutoencoderOutput(target, reconstruction, kl=jnp.asarray([1.0, 3.0, 100.0]))
+    sums = objective(out, {"weights": jnp.asarray([1.0, 1.0, 0.0])})
+    assert float(sums.mean("kl")) == pytest.approx(2.0)
+    assert float(sums.total()) == pytest.approx(0.25 * 0.5 + 2.0 * 0.25 + 0.5 * 2.0)
+
+
+def test_divergence_of_codes_is_a_user_error():
+    make = OBJECTIVES.get("autoencode")
+    with pytest.raises(UserError, match="objective.kl: model 'fsq_autoencoder' has no posterior"):
+        make(AutoencodeConfig(kl=1e-3), FSQAutoencoderConfig())
+    with pytest.raises(UserError, match="objective.kl: must not be negative"):
+        AutoencodeConfig(kl=-1.0)

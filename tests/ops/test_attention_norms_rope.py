@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.ops.attention import attend, cached_mask, causal_mask
+from moejax.ops.attention import attend, cached_mask, multimodal_mask
 from moejax.ops.norms import layer_normalise, rms_normalise, select_by_modality
 from moejax.ops.rope import apply_rope
 from moejax.ops.untied import modality_layout, permute_rows
@@ -47,8 +47,8 @@ def test_rope_turns_products_into_functions_of_the_distance():
     np.testing.assert_array_equal(apply_rope(q, jnp.array([[0]]), 10_000.0), q)
 
 
-def test_causal_mask_by_hand():
-    mask = causal_mask(jnp.array([[1, 1, 2, 2, 0]]))[0].astype(int)
+def test_multimodal_mask_by_hand():
+    mask = multimodal_mask(jnp.array([[1, 1, 2, 2, 0]]))[0].astype(int)
     expected = [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],

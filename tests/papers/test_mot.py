@@ -10,46 +10,19 @@ from moejax.analysis.params import boxed_params
 from moejax.api import build
 from moejax.config import load_config
 
-TINY = {
-    "model.d_model": 16,
-    "model.num_layers": 2,
-    "model.num_heads": 2,
-    "model.ffn_hidden": (32,),
-    "model.vocab_size": 40,
-    "model.kernel_backend": "reference",
-    "data.sequence_length": 12,
-    "data.batch_size": 2,
-}
 UNTIED = ("qkv", "out", "ffn", "norms", "final_norm")
 
 
-def batch_of(modality) -> dict:
-    """Two packed rows of tokens with the given modality ids [2, 12]."""
-    tokens = np.random.default_rng(0).integers(16, 40, (2, 12)).astype(np.int32)
-    positions = np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12))
-    return {
-        "tokens": tokens,
-        "modality": np.asarray(modality, np.int32),
-        "segments": np.ones((2, 12), np.int32),
-        "positions": positions,
-    }
-
-
-def test_modalities_have_own_weights():
-    config = load_config("mot", TINY)
+def test_modalities_have_own_weights(tiny, drawn, tiny_batch):
+    config = load_config("mot", tiny)
     model = build(config)[0]
     text, mixed = np.zeros((2, 12)), np.zeros((2, 12))
     mixed[:, 6:] = 1
     boxed = boxed_params(model, config)
-    # Drawn here, as compiling the initialisation would take longer than all the rest.
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(scale=0.3, size=leaf.shape), leaf.dtype),
-        meta.unbox(boxed),
-    )
+    params = drawn(model, config)
 
     def score(params):
-        return jnp.sin(model.apply({"params": params}, batch_of(text)).logits).sum()
+        return jnp.sin(model.apply({"params": params}, tiny_batch(text)).logits).sum()
 
     grads = jax.tree.leaves(jax.jit(jax.grad(score))(params))
     is_box = lambda leaf: isinstance(leaf, meta.AxisMetadata)
@@ -68,19 +41,19 @@ def test_modalities_have_own_weights():
     assert untied == 9
 
     apply = jax.jit(lambda batch: model.apply({"params": params}, batch).logits)
-    before, after = apply(batch_of(text)), apply(batch_of(mixed))
+    before, after = apply(tiny_batch(text)), apply(tiny_batch(mixed))
     np.testing.assert_array_equal(before[:, :6], after[:, :6])
     assert np.abs(before[:, 6:] - after[:, 6:]).max() > 0.1
 
 
-def test_each_flag_unties_its_own_parameters():
+def test_each_flag_unties_its_own_parameters(tiny):
     shared = {f"model.untie.{name}": False for name in UNTIED}
     owned = {}
     for name in UNTIED:
-        config = load_config("mot", {**TINY, **shared, f"model.untie.{name}": True})
+        config = load_config("mot", {**tiny, **shared, f"model.untie.{name}": True})
         model = build(config)[0]
         total = sum(leaf.size for leaf in jax.tree.leaves(boxed_params(model, config)))
-        owned[name] = total - _dense_total(shared)
+        owned[name] = total - _dense_total({**tiny, **shared})
     # Two layers; d 16, two heads of 8, f 32: one more tower of each.
     assert owned == {
         "qkv": 2 * 16 * 48,
@@ -91,6 +64,6 @@ def test_each_flag_unties_its_own_parameters():
     }
 
 
-def _dense_total(shared: dict) -> int:
-    config = load_config("mot", {**TINY, **shared})
+def _dense_total(overrides: dict) -> int:
+    config = load_config("mot", overrides)
     return sum(leaf.size for leaf in jax.tree.leaves(boxed_params(build(config)[0], config)))

@@ -69,6 +69,12 @@ def build_bigram(config: BigramConfig) -> Bigram:
     return Bigram(config)
 
 
+class FakeSource(list):
+    """Of a source, what the loop looks at: its length and its name."""
+
+    name = "fake:rows"
+
+
 class FakePipeline:
     """Rows ``text BOI codes EOI`` of random tokens; a batch is a function of its step."""
 
@@ -81,7 +87,7 @@ class FakePipeline:
 
     def __init__(self, config, split):
         self.config, self.split = config, split
-        self.source = range(80)
+        self.source = FakeSource(range(80))
 
     def batch(self, step):
         rows, length = self.config.data.batch_size, self.config.data.sequence_length

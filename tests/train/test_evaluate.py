@@ -1,16 +1,32 @@
 """The likelihood evaluator against values computed by hand, and the eval command."""
 
 import dataclasses
+import json
 import math
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.cli.main import main
+from moejax.config.schema import EvalConfig
 from moejax.data.text_tokenizer import load_text_tokenizer
 from moejax.data.vocabulary import BOI, NUM_SPECIAL, Vocabulary
-from moejax.train.evaluate import evaluate, format_table
+from moejax.errors import UserError
+from moejax.train.evaluate import (
+    EVALUATORS,
+    EvalPlan,
+    EvalResult,
+    Patience,
+    check_evaluators,
+    eval_plans,
+    evaluate,
+    format_table,
+    on_split,
+    run_evaluators,
+)
 from moejax.train.likelihood import count_text_bytes, kind_of_token, metric_names, unigram_nats
+from moejax.train.loop import train
 from moejax.train.setup import prepare
 
 from .conftest import VOCABULARY, make_config
@@ -109,3 +125,161 @@ def test_table_sets_the_baseline_beside_the_value():
     table = format_table({"psnr": 25.0, "kmeans_psnr": 21.0})
     assert table.split() == ["model", "k-means", "psnr", "25.0000", "21.0000"]
     assert format_table({"score": 1.0}).split() == ["model", "score", "1.0000"]
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """``registered(name, function)``: an evaluator that the test forgets afterwards."""
+    monkeypatch.setattr(EVALUATORS, "_entries", dict(EVALUATORS._entries))
+    return lambda name, function: EVALUATORS.register(name)(function)
+
+
+def test_entries_name_split_and_schedule(registered):
+    registered("mine", lambda context: {})
+    config = EvalConfig(
+        split="val", every=20, metrics=("likelihood", "likelihood@train/100", "mine/0,mine@test")
+    )
+    assert eval_plans(config) == (
+        EvalPlan("likelihood", "val", 20),
+        EvalPlan("likelihood", "train", 100, "train/"),
+        EvalPlan("mine", "val", 0),
+        EvalPlan("mine", "test", 20, "test/"),
+    )
+    due = {step: [plan.due(step) for plan in eval_plans(config)] for step in (20, 30, 100)}
+    assert due == {
+        20: [True, False, False, True],
+        30: [False] * 4,
+        100: [True, True, False, True],
+    }
+    assert eval_plans(EvalConfig(metrics=("",))) == ()
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (("likelyhood@val",), "eval.metrics: no evaluator 'likelyhood'; did you mean 'likelihood'"),
+        (("likelihood@vall",), "'likelihood@vall': no split 'vall'; did you mean 'val'"),
+        (("likelihood@val/ten",), "'likelihood@val/ten': 'ten' is no number of steps"),
+        (("likelihood@val/-1",), "'-1' is no number of steps"),
+        (("likelihood@/5",), "'likelihood@/5' is not NAME, NAME@SPLIT or NAME@SPLIT/EVERY"),
+        (("likelihood", "likelihood@val/7"), "names 'likelihood' on val twice"),
+    ],
+)
+def test_entries_that_are_refused(entries, message):
+    with pytest.raises(UserError, match=message):
+        eval_plans(EvalConfig(metrics=entries))
+
+
+def test_best_metric_and_patience_are_checked_before_the_run(registered):
+    registered("other", lambda context: {"loss": 1.0}).metric_names = lambda config: ["loss"]
+    entries = ("likelihood", "likelihood@train/0")
+
+    def refused(message, **fields):
+        with pytest.raises(UserError, match=message):
+            check_evaluators(make_config(**{f"eval__{k}": v for k, v in fields.items()}))
+
+    check_evaluators(make_config(eval__metrics=entries, eval__best_metric="train/text/loss"))
+    refused(
+        "measures no 'trian/text/loss'; did you mean 'train/text/loss'",
+        metrics=entries,
+        best_metric="trian/text/loss",
+    )
+    refused(
+        "eval.patience: 'train/text/loss' is measured after the last step only",
+        metrics=entries,
+        best_metric="train/text/loss",
+        patience=2,
+    )
+    check_evaluators(
+        make_config(eval__metrics=entries, eval__best_metric="text/loss", eval__patience=2)
+    )
+    refused("'likelihood' and 'other' both return 'loss'", metrics=("likelihood", "other"))
+    with pytest.raises(UserError, match="eval.patience: needs eval.best_metric"):
+        EvalConfig(patience=1)
+
+
+def test_an_evaluator_that_cannot_run_says_so_before_the_run():
+    with pytest.raises(UserError, match="eval.metrics: 'samples'.*data.order=image_first"):
+        check_evaluators(make_config(eval__metrics=("samples",), data__order="image_first"))
+
+
+def test_each_split_has_its_data_and_its_names(fake_data, registered):
+    """A plain dict and an EvalResult are both taken; pictures are named by their split."""
+    picture = np.full((2, 3, 3), 7, np.uint8)
+
+    def where(context):
+        return EvalResult({"split": float(len(context.pipeline.split))}, {"view": picture})
+
+    registered("where", where)
+    registered("plain", lambda context: {"one": 1.0})
+    config = make_config(eval__metrics=("where", "plain", "where@train", "where@test/3"))
+    setup = prepare(config)
+    context = setup.eval_context({}, setup.eval_pipeline, setup.pipeline, setup.eval_others)
+    result = run_evaluators(context, eval_plans(config.eval))
+    assert result.values == {"split": 3, "one": 1, "train/split": 5, "test/split": 4}
+    assert result.images.keys() == {"val/view", "train/view", "test/view"}
+    assert evaluate(context) == result.values
+    alone = on_split(config, "test")
+    assert alone.eval.metrics == ("where", "plain")
+    assert eval_plans(alone.eval)[0] == EvalPlan("where", "test", 6)
+
+
+def test_eval_command_draws_and_takes_one_split(fake_data, registered, tmp_path, capsys):
+    def view(context):
+        return EvalResult(
+            {"split": float(len(context.pipeline.split))}, {"view": np.zeros((1, 1, 3), np.uint8)}
+        )
+
+    registered("view", view)
+    workdir = tmp_path / "run"
+    train(make_config(eval__metrics=("view", "view@train/0"), train__steps=1), workdir)
+    names = {path.relative_to(workdir).as_posix() for path in workdir.glob("samples/*/*")}
+    assert names == {"samples/step_1/val_view.png", "samples/step_1/train_view.png"}
+    capsys.readouterr()
+    assert main(["eval", "--workdir", str(workdir), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["metrics"] == {"split": 3.0, "train/split": 5.0}
+    assert main(["eval", "--workdir", str(workdir), "--split", "test", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["split"], document["metrics"]) == ("test", {"split": 4.0})
+    assert document["images"] == [str(workdir / "samples/step_1/test_view.png")]
+
+
+def test_clashes_and_pictures_of_another_kind_are_refused(fake_data, registered):
+    registered("one", lambda context: {"value": 1.0})
+    registered("two", lambda context: {"value": 2.0})
+    registered("grey", lambda context: EvalResult({}, {"view": np.zeros((2, 2), np.uint8)}))
+    setup = prepare(make_config(eval__metrics=("one", "two", "grey")))
+    context = setup.eval_context({}, setup.eval_pipeline, setup.pipeline)
+    plans = eval_plans(setup.config.eval)
+    with pytest.raises(UserError, match="'one' and 'two' both return 'value'"):
+        run_evaluators(context, plans[:2])
+    with pytest.raises(ValueError, match=r"image 'view'.* uint8\[2, 2\], not uint8\[h,w,3\]"):
+        run_evaluators(context, plans[2:])
+
+
+def scores(metric, patience, values):
+    rows = [{"step": i, f"eval/{metric.removeprefix('-')}": v} for i, v in enumerate(values, 1)]
+    # Training rows, and evaluations that measure something else, do not count.
+    rows.insert(2, {"step": 2, "train/loss": 0.0})
+    rows.append({"step": 99, "eval/other": 0.0})
+    config = EvalConfig(best_metric=metric, patience=patience)
+    return Patience(config, rows)
+
+
+def test_patience_counts_evaluations_without_a_better_value():
+    tracked = scores("score", 3, [3.0, 1.0, 2.0, 1.0])
+    assert (tracked.best, tracked.best_step, tracked.since) == (1.0, 2, 2), "a tie is no better"
+    assert not tracked.exhausted
+    tracked.note(5, {"score": 1.5})
+    assert tracked.exhausted
+    assert tracked.describe() == (
+        "score is no better than 1.0000 at step 2 in 3 evaluations, of 3 allowed (eval.patience)"
+    )
+    tracked.note(6, {"score": 0.5})
+    assert not tracked.exhausted
+    tracked.note(7, {"score": math.nan})
+    assert tracked.since == 0
+    upwards = scores("-psnr", 1, [20.0, 24.0, 23.0])
+    assert upwards.exhausted and "psnr is no better than 24.0000 at step 2" in upwards.describe()
+    assert not scores("score", 0, [1.0, 2.0, 3.0]).exhausted

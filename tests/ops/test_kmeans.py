@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moejax.analysis.kmeans import fit_kmeans, nearest
+from moejax.ops.kmeans import fit_kmeans, nearest
 
 
 def test_nearest_against_all_distances():

@@ -1,0 +1,135 @@
+"""The HTML of a report: tables, pictures, and the page around the sections."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from html import escape
+
+from moejax.analysis.charts import HOVER, LEVEL_COLOR
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the page; ``anchor`` is its id, ``body`` HTML."""
+
+    anchor: str
+    title: str
+    body: str
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> str:
+    """A table of text; the columns ``numbers`` are set to the right."""
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        marked = (
+            f"<{tag}{' class=number' if i in numbers else ''}>{escape(cell)}</{tag}>"
+            for i, cell in enumerate(cells)
+        )
+        return f"<tr>{''.join(marked)}</tr>"
+
+    top = f"<thead>{row(head, 'th')}</thead>" if any(head) else ""
+    body = "".join(row(cells, "td") for cells in rows)
+    return f"<div class='scroll'><table>{top}<tbody>{body}</tbody></table></div>"
+
+
+def cards(figures: Sequence[tuple[str, str, str]]) -> str:
+    """Small boxes of (title, value, remark)."""
+    boxes = (
+        f"<div><span>{escape(title)}</span><b>{escape(value)}</b><span>{escape(remark)}</span></div>"
+        for title, value, remark in figures
+    )
+    return f"<div class='cards'>{''.join(boxes)}</div>"
+
+
+def gallery(title: str, pictures: Sequence[tuple[str, str]]) -> str:
+    """Pictures side by side: (caption, data URI) of each."""
+    figures = (
+        f'<figure><figcaption>{escape(caption)}</figcaption><img alt="{escape(caption)}" '
+        f'src="{escape(uri)}"></figure>'
+        for caption, uri in pictures
+    )
+    return f"<h3>{escape(title)}</h3><div class='gallery'>{''.join(figures)}</div>"
+
+
+def page(title: str, about: str, status: str, summary: str, sections: Sequence[Section]) -> str:
+    """The whole document; its first line is what a report is told by."""
+    links = "".join(f'<a href="#{s.anchor}">{escape(s.title)}</a>' for s in sections)
+    body = "".join(
+        f'<section id="{s.anchor}"><h2>{escape(s.title)}</h2>{s.body}</section>' for s in sections
+    )
+    return f"""<!doctype html><!-- moejax report -->
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<title>{escape(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<header><h1>{escape(title)}</h1><p>{escape(about)}</p><p><b>{escape(status)}</b></p></header>
+{summary}
+<nav>{links}</nav>
+<main>{body}</main>
+<div id="tip" hidden></div>
+<script>{HOVER}</script>
+</body>
+</html>
+"""
+
+
+# Nothing is fetched, from wherever the page is opened.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+
+_STYLE = f"""
+:root {{ color-scheme: light; }}
+body {{ margin: 0 auto; max-width: 1120px; padding: 1.5rem 1.25rem 4rem; background: #fff;
+  color: #1c2128; font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }}
+h1 {{ margin: 0; font-size: 1.7rem; }}
+h2 {{ margin: 2.4rem 0 .8rem; padding-bottom: .3rem; font-size: 1.25rem;
+  border-bottom: 1px solid #d5dae1; }}
+h3 {{ margin: 1.3rem 0 .6rem; font-size: 1rem; }}
+header p {{ margin: .25rem 0 0; color: #4a5361; overflow-wrap: anywhere; }}
+header b {{ font-weight: 600; color: #1c2128; }}
+section {{ scroll-margin-top: 3rem; }}
+nav {{ position: sticky; top: 0; z-index: 1; display: flex; flex-wrap: wrap; gap: .2rem 1.1rem;
+  margin-top: 1.2rem; padding: .55rem 0; background: #fff; border-bottom: 1px solid #d5dae1; }}
+nav a {{ color: #0b5cad; text-decoration: none; }}
+nav a:hover {{ text-decoration: underline; }}
+.cards {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .7rem;
+  margin-top: 1.2rem; }}
+.cards div {{ display: flex; flex-direction: column; padding: .6rem .8rem; border-radius: 8px;
+  border: 1px solid #d5dae1; }}
+.cards b {{ font-size: 1.35rem; font-variant-numeric: tabular-nums; line-height: 1.3; }}
+.cards span {{ color: #4a5361; font-size: .82rem; }}
+.grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr));
+  gap: 1.2rem 1.4rem; }}
+figure {{ margin: 0; }}
+figcaption {{ font-weight: 600; font-size: .92rem; }}
+.chart svg {{ display: block; width: 100%; height: auto; }}
+svg text {{ font-size: 11px; fill: #4a5361; }}
+svg line, svg polyline {{ fill: none; stroke-width: 1; }}
+svg polyline {{ stroke-width: 1.8; stroke-linejoin: round; }}
+svg .tick {{ stroke: #e8ebef; }}
+svg .axis {{ stroke: #8b95a3; }}
+svg .level {{ stroke: {LEVEL_COLOR}; stroke-width: 1.6; stroke-dasharray: 5 4; }}
+svg .pointer {{ stroke: #8b95a3; }}
+.legend {{ display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; padding-left: 2.5rem;
+  font-size: .84rem; color: #333b46; }}
+.legend i {{ display: inline-block; width: 1.5rem; margin-right: .4rem; vertical-align: middle; }}
+.gallery {{ display: grid; gap: 1.2rem 1.6rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(460px, 100%), 1fr)); }}
+.gallery img {{ display: block; max-width: 100%; margin-top: .3rem; border: 1px solid #d5dae1; }}
+.scroll {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: .9rem; }}
+th, td {{ padding: .28rem 1.4rem .28rem 0; text-align: left; vertical-align: top;
+  border-bottom: 1px solid #e8ebef; overflow-wrap: anywhere; }}
+td:first-child {{ font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
+  font-size: .84rem; }}
+.number {{ text-align: right; font-variant-numeric: tabular-nums; }}
+details {{ margin-top: 1rem; }}
+summary {{ cursor: pointer; color: #0b5cad; }}
+#tip {{ position: absolute; z-index: 2; padding: .35rem .55rem; pointer-events: none;
+  white-space: pre; font-size: .82rem; color: #1c2128; background: #fff; border-radius: 6px;
+  border: 1px solid #b6bec9; box-shadow: 0 2px 8px #0002; font-variant-numeric: tabular-nums; }}
+@media print {{ nav {{ position: static; }} body {{ max-width: none; }} }}
+"""

@@ -1,0 +1,1 @@
+"""Makes data sets from public packages: what ``moejax prepare NAME`` runs."""

@@ -1,0 +1,102 @@
+"""Next text token, and denoising of the pictures between (Transfusion, arXiv 2408.11039)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from moejax.config.schema import DecoderConfig, TransfusionConfig
+from moejax.data.vocabulary import BOI, NUM_SPECIAL
+from moejax.objectives.base import OBJECTIVES, LossSums, Objective
+from moejax.objectives.next_token import by_source, token_losses
+from moejax.ops import diffusion
+from moejax.ops.pictures import max_pictures, per_token, picture_starts
+
+
+def add_picture_noise(
+    batch: dict,
+    rng: Array,
+    config: TransfusionConfig,
+    patches: int,
+) -> dict:
+    """The batch with noisy latents: one time for each picture, in training and in evaluation.
+
+    Args:
+      batch: with clean ``latents`` [b, t, z] and ``image_id`` [b, t].
+      rng: key of the noise and the times.
+      config: process and the cap on the time of pictures that come before their text.
+      patches: tokens of a picture.
+
+    Returns:
+      ``batch`` with ``latents`` noisy, ``times`` [b, t] and ``denoise_target`` [b, t, z] added.
+    """
+    batch = jax.tree.map(jnp.asarray, batch)
+    latents, image_id = batch["latents"], batch["image_id"]
+    time_rng, noise_rng = jax.random.split(rng)
+    b, t = image_id.shape
+    start_bi = picture_starts(image_id, max_pictures(t, patches))
+    # A picture that opens its segment stands after BOS and BOI.
+    opening = jnp.take_along_axis(batch["positions"], jnp.minimum(start_bi, t - 1), axis=1) == 2
+    cap_bi = jnp.where(opening, config.max_time_image_first, 1.0)
+    times_bi = diffusion.sample_times(config.process, time_rng, start_bi.shape, max_time=cap_bi)
+    times = per_token(times_bi, image_id)
+    noise = jax.random.normal(noise_rng, latents.shape, latents.dtype)
+    return {
+        **batch,
+        "latents": diffusion.add_noise(config.process, latents, noise, times),
+        "times": times,
+        "denoise_target": diffusion.target(config.process, latents, noise),
+    }
+
+
+def text_weights(batch: dict, modality: int) -> Float[Array, "b t"]:
+    """The weights of the targets that are trained: those of text tokens other than BOI.
+
+    What follows BOI is a picture, and a patch predicts no token (section 3.2 and footnote).
+    """
+    reads_text = (batch["modality"] == modality) & (batch["tokens"] != BOI)
+    return batch["weights"] * reads_text
+
+
+@OBJECTIVES.register("transfusion")
+def transfusion(config: TransfusionConfig, model: DecoderConfig):
+    """``L_LM + image_weight * L_image``: nats a text token, squared error a latent number.
+
+    ``L_image`` is the mean of ``(prediction - target)^2`` over the numbers of all pictures, each
+    picture at a time of its own. Logged beside the trained terms ``token``, ``image`` (and ``z``):
+    ``text``, ``structure`` and ``text_correct`` as in the next-token objective.
+    """
+    text = model.modalities.index("text")
+
+    def prepare(batch: dict, rng: Array) -> dict:
+        return add_picture_noise(batch, rng, config, model.latents.tokens_per_image)
+
+    def loss(outputs, batch: dict, rng=None) -> LossSums:
+        del rng
+        targets = batch["targets"]
+        nll, log_z = token_losses(outputs.logits, targets)
+        weights = text_weights(batch, text).astype(nll.dtype)
+        correct = (outputs.logits.argmax(axis=-1) == targets).astype(nll.dtype)
+        special = targets < NUM_SPECIAL
+        error = jnp.square(outputs.denoised - batch["denoise_target"]).mean(axis=-1)
+        counted: dict[str, tuple[Array, Array]] = {
+            "token": (nll, weights),
+            "z": (jnp.square(log_z), weights),
+            "structure": (nll, weights * special),
+            "text": (nll, weights * ~special),
+            "text_correct": (correct, weights * ~special),
+            "image": (error, patch_weights(batch).astype(error.dtype)),
+            **by_source(batch, nll, weights),
+        }
+        return LossSums(
+            sums={name: (value * weight).sum() for name, (value, weight) in counted.items()},
+            weights={name: weight.sum() for name, (_, weight) in counted.items()},
+            coefficients=(("token", 1.0), ("image", config.image_weight), ("z", config.z_loss)),
+        )
+
+    return Objective(loss, prepare)
+
+
+def patch_weights(batch: dict) -> Bool[Array, "b t"]:
+    """Which patches count: all of rows that are no filler."""
+    real = (batch["weights"] > 0).any(axis=1, keepdims=True)
+    return (batch["image_id"] > 0) & real

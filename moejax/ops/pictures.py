@@ -1,0 +1,55 @@
+"""Pictures inside of packed sequences: which tokens they are, and their patches apart."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def picture_starts(image_id_bt: Int[Array, "b t"], count: int) -> Int[Array, "b i"]:
+    """Where pictures 1 to ``count`` of each row begin; t for those that are not there."""
+    length = image_id_bt.shape[1]
+    numbers_i = jnp.arange(1, count + 1)
+    is_of_bit = image_id_bt[:, None, :] == numbers_i[None, :, None]
+    return jnp.where(is_of_bit, jnp.arange(length)[None, None], length).min(axis=-1)
+
+
+def take_pictures(
+    values_btz: Float[Array, "b t z"], start_bi: Int[Array, "b i"], patches: int
+) -> Float[Array, "b i p z"]:
+    """The patches of each picture; a picture that is not there gets the row's last tokens."""
+    b, i = start_bi.shape
+    at_bip = jnp.minimum(
+        start_bi[..., None] + jnp.arange(patches)[None, None], values_btz.shape[1] - 1
+    )
+    taken = jnp.take_along_axis(values_btz, at_bip.reshape(b, -1, 1), axis=1)
+    return taken.reshape(b, i, patches, -1)
+
+
+def place_pictures(
+    pictures_bipz: Float[Array, "b i p z"],
+    image_id_bt: Int[Array, "b t"],
+    start_bi: Int[Array, "b i"],
+) -> Float[Array, "b t z"]:
+    """Each patch at its token, zeros elsewhere: the inverse of :func:`take_pictures`."""
+    b, i, p, z = pictures_bipz.shape
+    slot_bt = jnp.maximum(image_id_bt - 1, 0)
+    patch_bt = jnp.arange(image_id_bt.shape[1])[None] - jnp.take_along_axis(
+        start_bi, slot_bt, axis=1
+    )
+    at_bt = slot_bt * p + jnp.clip(patch_bt, 0, p - 1)
+    flat = pictures_bipz.reshape(b, i * p, z)
+    placed = jnp.take_along_axis(flat, at_bt[..., None], axis=1)
+    return jnp.where(image_id_bt[..., None] > 0, placed, 0)
+
+
+def per_token(values_bi: Float[Array, "b i"], image_id_bt: Int[Array, "b t"]) -> Array:
+    """The value of each token's picture, [b, t]; 0 outside of pictures."""
+    taken = jnp.take_along_axis(values_bi, jnp.maximum(image_id_bt - 1, 0), axis=1)
+    return jnp.where(image_id_bt > 0, taken, 0)
+
+
+def max_pictures(length: int, patches: int) -> int:
+    """The most pictures that a row of ``length`` tokens holds, BOI, EOI, BOS and EOS beside each.
+
+    At least one: a row that is a picture alone, as in sampling.
+    """
+    return max(1, length // (patches + 4))

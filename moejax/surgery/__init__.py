@@ -1,0 +1,1 @@
+"""Checkpoint surgery: trees in, trees and a report out."""

@@ -1,0 +1,259 @@
+"""Begin a model from the parameters of another: which are taken, from where, and into which towers.
+
+Pure: :func:`plan` compares names and shapes, :func:`fill` puts arrays in their places. What is not
+found there, or has another shape, stays as it was drawn, and the plan says why.
+
+A parameter with a modality axis has a tower for each modality, or one that all share. Towers are
+matched by the names of the modalities, so that the order and number of modalities may differ. A
+weight that is shared there can be repeated into every tower here (a dense model becomes a
+Mixture-of-Transformers; LMFusion, arXiv 2412.15188, begins its image tower as a copy of the text
+tower).
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.errors import UserError, did_you_mean
+from moejax.train.leaves import nearest_names
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A parameter of the model that is to begin.
+
+    Attributes:
+      shape: its shape.
+      modality_axis: which axis counts towers; None if none does.
+      towers: the modality of each row of that axis; () if the modalities share one.
+    """
+
+    shape: tuple[int, ...]
+    modality_axis: int | None = None
+    towers: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The parameters that are there.
+
+    Attributes:
+      label: what to call it in messages, ``"runs/dense@500"``.
+      shapes: of each parameter by its path.
+      modalities: of its model, in order.
+    """
+
+    label: str
+    shapes: Mapping[str, tuple[int, ...]]
+    modalities: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How names and towers differ: ``train.init_rename``, ``init_broadcast``, ``init_towers``."""
+
+    rename: tuple[tuple[str, str], ...] = ()
+    broadcast: bool = False
+    towers: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """One parameter that is loaded.
+
+    Attributes:
+      source: its path there.
+      rows: for each row of the modality axis the row there, or None where it stays as drawn. None
+        for all of it: taken over as it is.
+    """
+
+    source: str
+    rows: tuple[int | None, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is loaded.
+
+    Attributes:
+      label: of the source.
+      loads: by path here.
+      skipped: why not, by path here (``PATH@MODALITY`` for one tower).
+      unused: paths there that nothing here reads.
+      parameters: how many there are here.
+      values: how many numbers are loaded.
+    """
+
+    label: str
+    loads: dict[str, Load]
+    skipped: dict[str, str]
+    unused: tuple[str, ...]
+    parameters: int
+    values: int
+
+
+def plan(here: Mapping[str, Leaf], source: Source, rules: Rules, modalities=()) -> Plan:
+    """Decides for each parameter ``here`` what of ``source`` it begins with.
+
+    ``modalities`` are those of the model that is to begin.
+
+    Raises:
+      UserError: a rule that does nothing, a modality that does not exist, or nothing to load.
+    """
+    _check_modalities(rules, source, modalities)
+    names = _renamed(here, rules.rename)
+    loads, skipped, used = {}, {}, set()
+    for name, leaf in here.items():
+        found = _load(leaf, names[name], source, rules, used)
+        if isinstance(found, str):
+            skipped[name] = found
+            continue
+        loads[name] = found
+        for tower, row in zip(leaf.towers, found.rows or (), strict=False):
+            if row is None:
+                skipped[f"{name}@{tower}"] = "no such tower there"
+    for i, (ours, theirs) in enumerate(rules.towers):
+        if ours not in used:
+            raise UserError(
+                f"train.init_towers[{i}]: ({ours!r}, {theirs!r}) does nothing: no parameter of "
+                f"{source.label} that is loaded into this tower has towers; see init_broadcast"
+            )
+    if not loads:
+        reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
+        raise UserError(
+            f"train.init_from: nothing of {source.label} fits this model ({reasons}, ...); "
+            "see train.init_rename"
+        )
+    read = {load.source for load in loads.values()}
+    return Plan(
+        label=source.label,
+        loads=loads,
+        skipped=skipped,
+        unused=tuple(sorted(set(source.shapes) - read)),
+        parameters=len(here),
+        values=sum(_values(here[name], load) for name, load in loads.items()),
+    )
+
+
+def fill(
+    plan: Plan, here: Mapping[str, Leaf], drawn: Mapping[str, Any], loaded: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The parameters to begin with: ``drawn``, with what ``plan`` takes from ``loaded``.
+
+    Args:
+      plan: from :func:`plan`.
+      here: as given to :func:`plan`.
+      drawn: arrays by path, freshly initialised.
+      loaded: the arrays there, by path there.
+    """
+    filled = dict(drawn)
+    for name, load in plan.loads.items():
+        there = loaded[load.source]
+        if load.rows is None:
+            filled[name] = there
+            continue
+        axis = here[name].modality_axis
+        assert axis is not None, "only a modality axis has rows to choose"
+        rows = [
+            jax.lax.slice_in_dim(drawn[name], i, i + 1, axis=axis)
+            if row is None
+            else jax.lax.slice_in_dim(there, row, row + 1, axis=axis)
+            for i, row in enumerate(load.rows)
+        ]
+        filled[name] = jnp.concatenate(rows, axis)
+    return filled
+
+
+def _check_modalities(rules: Rules, source: Source, modalities: tuple[str, ...]) -> None:
+    for i, pair in enumerate(rules.towers):
+        sides = (("this model", modalities), (source.label, source.modalities))
+        for tower, (where, known) in zip(pair, sides, strict=True):
+            if tower not in known:
+                near = did_you_mean(tower, known) if known else "; it has none"
+                raise UserError(f"train.init_towers[{i}]: {where} has no modality {tower!r}{near}")
+
+
+def _renamed(here: Mapping[str, Leaf], rules: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """The path there of each parameter here; "" for one that is left out."""
+    names, used = {name: name for name in here}, set()
+    for name in here:
+        for i, (pattern, replacement) in enumerate(rules):
+            if not re.search(pattern, name):
+                continue
+            try:
+                names[name] = re.sub(pattern, replacement, name)
+            except (re.error, IndexError) as error:
+                raise UserError(
+                    f"train.init_rename[{i}]: {replacement!r} is no replacement: {error}"
+                ) from error
+            used.add(i)
+            break
+    for i, (pattern, _) in enumerate(rules):
+        if i not in used:
+            raise UserError(
+                f"train.init_rename[{i}]: {pattern!r} is found in no parameter that an earlier "
+                f"rule has not renamed{nearest_names(pattern, here)}"
+            )
+    return names
+
+
+def _load(leaf: Leaf, name: str, source: Source, rules: Rules, used: set[str]) -> Load | str:
+    """How ``leaf`` is loaded from ``name``, or why it is not; notes the tower rules in ``used``."""
+    if not name:
+        return "left out by train.init_rename"
+    if name not in source.shapes:
+        return f"no {name} there"
+    there, axis = source.shapes[name], leaf.modality_axis
+    other = f"{_text(there)} there, {_text(leaf.shape)} here"
+    if axis is None or len(there) != len(leaf.shape):
+        return Load(name) if there == leaf.shape else other
+    if there[:axis] + there[axis + 1 :] != leaf.shape[:axis] + leaf.shape[axis + 1 :]:
+        return other
+    size = there[axis]
+    if size == 1:
+        return _from_one(leaf, name, source, rules)
+    if size != len(source.modalities):
+        return Load(name) if there == leaf.shape else other
+    if not leaf.towers:
+        return f"{size} towers there, shared here"
+    wanted = {**{tower: tower for tower in leaf.towers}, **dict(rules.towers)}
+    used.update(tower for tower, _ in rules.towers if tower in leaf.towers)
+    rows = tuple(
+        source.modalities.index(wanted[tower]) if wanted[tower] in source.modalities else None
+        for tower in leaf.towers
+    )
+    if rows == tuple(range(size)):
+        return Load(name)
+    if set(rows) == {None}:
+        return f"towers of {', '.join(source.modalities)} there, of {', '.join(leaf.towers)} here"
+    return Load(name, rows)
+
+
+def _from_one(leaf: Leaf, name: str, source: Source, rules: Rules) -> Load | str:
+    """From a weight that all modalities there share, or that is the tower of the only one."""
+    axis = leaf.modality_axis
+    assert axis is not None
+    towers = leaf.shape[axis]
+    if towers == 1:
+        return Load(name)
+    if rules.broadcast:
+        return Load(name, (0,) * towers)
+    if len(source.modalities) == 1 and source.modalities[0] in leaf.towers:
+        return Load(name, tuple(0 if t == source.modalities[0] else None for t in leaf.towers))
+    return f"shared there, {towers} towers here; train.init_broadcast=True repeats it"
+
+
+def _values(leaf: Leaf, load: Load) -> int:
+    size = math.prod(leaf.shape)
+    if load.rows is None:
+        return size
+    return size // len(load.rows) * sum(row is not None for row in load.rows)
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "[" + ",".join(map(str, shape)) + "]"

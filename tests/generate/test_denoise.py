@@ -1,0 +1,218 @@
+"""Pictures of latents in a sequence: cached denoising is the full forward, and interleaving."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+
+from moejax.config.schema import DecoderConfig, LatentConfig, UntieConfig
+from moejax.data.vocabulary import BOI, BOS, EOI, PATCH, Vocabulary
+from moejax.errors import UserError
+from moejax.generate.api import Sampler, caption_images, continue_parts, sample_images
+from moejax.generate.denoise import Denoising, check_denoising, denoise_pictures, predict
+from moejax.generate.generate import decode, pad_prompts, place_latents, prefill
+from moejax.generate.sampling import Sampling
+from moejax.models.decoder import build_decoder
+
+PATCHES, SIZE = 4, 3
+VOCABULARY = Vocabulary(text_size=20, image_codes=0, codes_per_image=PATCHES)
+FLOW = Denoising("flow", steps=3)
+
+
+def random_latents(seed: int, pictures: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(pictures * PATCHES, SIZE)).astype(np.float32)
+
+
+PICTURE = [BOI, *[PATCH] * PATCHES, EOI]
+# Prompts up to a BOI, with none, one and two pictures before it.
+PROMPTS = [[BOS, 17, 18, BOI], [BOS, *PICTURE, 19, BOI], [BOS, 20, *PICTURE, *PICTURE, 21, BOI]]
+LATENTS = [random_latents(i, i) for i in range(3)]
+
+
+@functools.cache
+def tiny(adapter: str):
+    untied = UntieConfig(qkv=True, out=True, ffn=True, norms=True, final_norm=True)
+    config = DecoderConfig(
+        vocab_size=VOCABULARY.size,
+        num_layers=2,
+        d_model=16,
+        num_heads=2,
+        ffn_hidden=(24,),
+        untie=untied,
+        latents=LatentConfig(channels=SIZE, grid=2, adapter=adapter, unet_width=8),
+    )
+    model = build_decoder(config)
+    tokens = np.zeros((1, 16), np.int32)
+    names = ("modality", "segments", "positions", "image_id")
+    batch = {name: tokens for name in names}
+    batch |= {"tokens": tokens, "latents": np.zeros((1, 16, SIZE), np.float32)}
+    params = meta.unbox(jax.jit(model.init)(jax.random.key(0), batch))["params"]
+    # Maps that start at zero would hide what goes into them.
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params)
+    return model, params
+
+
+def full_batch(rows, latents, times=0.0) -> dict:
+    """Whole sequences without a cache; the last picture of each row at ``times``."""
+    tokens, lengths = pad_prompts(rows)
+    index = np.arange(tokens.shape[1])
+    image_id = np.where(tokens == PATCH, np.cumsum(tokens == BOI, axis=1), 0)
+    is_last = (image_id == image_id.max(axis=1, keepdims=True)) & (image_id > 0)
+    return {
+        "tokens": tokens,
+        "modality": (tokens == PATCH).astype(np.int32),
+        "segments": (index < lengths[:, None]).astype(np.int32),
+        "positions": np.tile(index, (len(rows), 1)).astype(np.int32),
+        "image_id": image_id.astype(np.int32),
+        "latents": place_latents(tokens, latents, SIZE),
+        "times": np.where(is_last, times, 0).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("adapter", ["linear", "unet"])
+def test_denoising_with_a_cache_is_the_full_forward(adapter):
+    model, params = tiny(adapter)
+    noisy = np.random.default_rng(9).normal(size=(3, PATCHES, SIZE)).astype(np.float32)
+    tokens, lengths = pad_prompts(PROMPTS)
+    placed = place_latents(tokens, LATENTS, SIZE)
+    _, cache = prefill(model, params, VOCABULARY, tokens, lengths, tokens.shape[1], placed)
+    found = predict(model, params, cache, jnp.asarray(noisy), jnp.asarray(0.7))
+
+    rows = [[*prompt, *[PATCH] * PATCHES] for prompt in PROMPTS]
+    latents = [np.concatenate(pair) for pair in zip(LATENTS, noisy, strict=True)]
+    expected = model.apply({"params": params}, full_batch(rows, latents, 0.7)).denoised
+    for i, prompt in enumerate(PROMPTS):
+        here = slice(len(prompt), len(prompt) + PATCHES)
+        np.testing.assert_allclose(found[i], expected[i, here], atol=1e-4)
+    assert np.abs(np.asarray(found)).max() > 0.1
+
+
+def test_text_after_a_picture_is_decoded_as_in_the_full_forward():
+    model, params = tiny("linear")
+    rows = [[*prompt[:-1], 22, 23] for prompt in PROMPTS]
+    batch = full_batch(rows, LATENTS)
+    expected = model.apply({"params": params}, batch).logits
+    prompts = [row[:-1] for row in rows]
+    tokens, lengths = pad_prompts(prompts)
+    placed = place_latents(tokens, LATENTS, SIZE)
+    logits, cache = prefill(model, params, VOCABULARY, tokens, lengths, 32, placed)
+    last = np.asarray([len(row) - 1 for row in rows])
+    np.testing.assert_allclose(logits, expected[np.arange(3), last - 1], atol=1e-4)
+    token = jnp.asarray([row[-1] for row in rows])
+    logits, _ = decode(model, params, VOCABULARY, cache, token, jnp.ones(3, bool))
+    np.testing.assert_allclose(logits, expected[np.arange(3), last], atol=1e-4)
+
+
+def test_a_row_depends_on_its_own_prompt_noise_and_guidance_alone():
+    model, params = tiny("linear")
+    draw = functools.partial(denoise_pictures, model, params, VOCABULARY, denoising=FLOW, seed=4)
+    together = draw(PROMPTS, latents=LATENTS)
+    alone = draw(PROMPTS[2:], latents=LATENTS[2:], row_ids=[2])
+    np.testing.assert_allclose(alone[0], together[2], atol=1e-5)
+    assert np.abs(together[0] - together[1]).max() > 0.1
+    unconditional = [[BOS, BOI]] * 3
+    plain = draw(PROMPTS, latents=LATENTS, unconditional=unconditional, guidance=1.0)
+    np.testing.assert_allclose(plain, together, atol=1e-5)
+    guided = draw(PROMPTS, latents=LATENTS, unconditional=unconditional, guidance=3.0)
+    assert np.abs(guided - together).max() > 1e-2
+
+
+def test_the_ancestral_sampler_draws_other_pictures():
+    model, params = tiny("linear")
+    draw = functools.partial(denoise_pictures, model, params, VOCABULARY, PROMPTS[:1])
+    plain = draw(denoising=Denoising("ddpm", steps=4))
+    noisy = draw(denoising=Denoising("ddpm", steps=4, ancestral=True))
+    assert np.isfinite(plain).all() and np.isfinite(noisy).all()
+    assert np.abs(plain - noisy).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "denoising, message",
+    [
+        (Denoising("flow", steps=0), "--denoise-steps: must be positive, got 0"),
+        (Denoising("ddpm", steps=1001), "--denoise-steps: ddpm has 1000 discrete times"),
+    ],
+)
+def test_steps_that_cannot_be_are_refused(denoising, message):
+    with pytest.raises(UserError, match=message):
+        check_denoising(denoising)
+
+
+class LetterTokenizer:
+    size = 20
+
+    def encode(self, text):
+        return [ord(letter) - ord("a") for letter in text]
+
+    def decode(self, ids):
+        return "".join(chr(ord("a") + i) for i in ids)
+
+
+class PixelCodec:
+    """The patches of a picture are its pixels, as numbers around 0."""
+
+    size = SIZE
+
+    def encode(self, images):
+        return images.reshape(len(images), PATCHES, SIZE).astype(np.float32) / 64 - 2
+
+    def decode(self, patches):
+        return np.clip((patches + 2) * 64, 0, 255).astype(np.uint8).reshape(-1, 2, 2, 3)
+
+
+@pytest.fixture
+def sampler():
+    model, params = tiny("linear")
+    return Sampler(
+        model=model,
+        params=params,
+        vocabulary=VOCABULARY,
+        text_tokenizer=LetterTokenizer(),
+        image_codec=PixelCodec(),
+        sequence_length=32,
+        denoising=FLOW,
+        batch_size=3,
+    )
+
+
+def test_pictures_of_captions_and_captions_of_pictures(sampler):
+    pictures = sample_images(sampler, ["ab", "c", "", "ab"], seed=1)
+    assert pictures.shape == (4, 2, 2, 3) and pictures.dtype == np.uint8
+    assert not np.array_equal(pictures[0], pictures[3])
+    np.testing.assert_array_equal(sample_images(sampler, ["ab"], seed=1)[0], pictures[0])
+    captions = caption_images(sampler, pictures, max_text_tokens=5, seed=1)
+    assert len(captions) == 4 and all(1 <= len(caption) <= 5 for caption in captions)
+    other = caption_images(sampler, 255 - pictures, max_text_tokens=5, seed=1)
+    assert other != captions
+
+
+def test_text_until_boi_then_a_picture_in_its_place_then_text(sampler):
+    picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3) * 20
+    orders = set()
+    for seed in range(8):
+        rows = continue_parts(
+            sampler, [["ab"], [picture]], images=2, seed=seed, sampling=Sampling(2.0)
+        )
+        for row in rows:
+            kinds = "".join("t" if isinstance(part, str) else "p" for part in row)
+            assert "tt" not in kinds and kinds.count("p") <= 2
+            orders.add(kinds)
+    assert any("pt" in kinds for kinds in orders), "text goes on after a picture"
+    assert any("pp" in kinds or kinds.count("p") == 2 for kinds in orders)
+    with pytest.raises(UserError, match="sequence_length=32"):
+        continue_parts(sampler, [["a" * 24], ["b"]], max_new_tokens=10)
+
+
+def test_rows_end_at_boi_only_where_pictures_are_latents():
+    from moejax.generate.grammar import Grammar, advance, progress_of_prompt
+
+    tokens = jnp.asarray([[BOS, 17]])
+    for codes, done in ((0, True), (7, False)):
+        vocabulary = dataclasses.replace(VOCABULARY, image_codes=codes)
+        progress = progress_of_prompt(vocabulary, Grammar(images=1), tokens, jnp.asarray([2]))
+        assert bool(advance(vocabulary, progress, jnp.asarray([BOI])).done_b[0]) == done
