@@ -33,14 +33,14 @@ TRANSFUSION = {
 }
 ARGS = ("", "small", *SIZES, *(f"transfusion_{size}" for size in TRANSFUSION))
 # What the paper does not fix for this setting; the optimizer is that of its Transfusion setting.
-INFERRED = tuple(
-    ["data.batch_size", "data.drop_text", "data.image_tokenizer", "data.order", "data.source", "data.text_tokenizer", "model.qk_norm", "model.untie.final_norm", "objective.z_loss", "optim.b1", "optim.b2", "optim.clip_norm", "optim.eps", "optim.final_fraction", "optim.learning_rate", "optim.schedule", "optim.warmup_steps", "optim.weight_decay"]
+# fmt: off
+INFERRED = (
+    "data.batch_size", "data.drop_text", "data.image_tokenizer", "data.order", "data.source",
+    "data.text_tokenizer", "model.qk_norm", "model.untie.final_norm", "objective.z_loss",
+    "optim.b1", "optim.b2", "optim.clip_norm", "optim.eps", "optim.final_fraction",
+    "optim.learning_rate", "optim.schedule", "optim.warmup_steps", "optim.weight_decay",
 )
-
-
-def ffn_hidden(d_model: int) -> int:
-    """Two thirds of 4 d, rounded up to a multiple of 256 (the reference code's SwiGLU)."""
-    return -(-(8 * d_model // 3) // 256) * 256
+# fmt: on
 
 
 def get_config(arg=""):
@@ -72,6 +72,7 @@ def get_config(arg=""):
         config.mesh.data, config.mesh.fsdp = 1, -1
         config.train.checkpoint_every, config.log.every = 5000, 100
         config.about.approximate = INFERRED
-    model.ffn_hidden = (ffn_hidden(model.d_model),)
+    # Two thirds of 4 d, rounded up to a multiple of 256 (the reference code's SwiGLU).
+    model.ffn_hidden = (-(-(8 * model.d_model // 3) // 256) * 256,)
     config.about.total_params, config.about.active_params = total, active
     return config
