@@ -16,6 +16,9 @@ _CACHE = Path(__file__).resolve().parent.parent / ".cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
+# The configs under test are those that come with moejax.
+os.environ.pop("MOEJAX_CONFIG_PATH", None)
+
 import jax  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 

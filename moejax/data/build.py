@@ -15,7 +15,7 @@ from moejax.errors import UserError
 def build_pipeline(config: Config, split: str, *, codec: ImageCodec | None = None) -> RowPipeline:
     """The pipeline of ``config.data`` over one split.
 
-    ``codec`` is the frozen image tokenizer, needed for ``data.format="tokens"``.
+    ``codec`` is the frozen image tokenizer, needed for token sequences with pictures.
     Raises UserError for data that cannot be read or does not fit the model.
     """
     if config.data.sources:
@@ -37,6 +37,5 @@ def _of_source(config: Config, spec: str, split: str, codec: ImageCodec | None) 
         raise UserError(f"data.source={spec}: split {split!r} has no records")
     if config.data.format == "images":
         return ImagePipeline(config, source)
-    assert codec is not None, "a token pipeline needs the image tokenizer"
     data = dataclasses.replace(config.data, source=spec, sources=())
     return TokenPipeline(dataclasses.replace(config, data=data), source, codec)

@@ -27,12 +27,12 @@ from moejax.data.vocabulary import (
 from moejax.errors import UserError
 
 
-def make_vocabulary(config: Config, text_size: int, codec: ImageCodec) -> Vocabulary:
+def make_vocabulary(config: Config, text_size: int, codec: ImageCodec | None) -> Vocabulary:
     """The vocabulary of a model; UserError if ``model.vocab_size`` does not hold it."""
     modalities = config.model.modalities
-    codes = codec.num_codes if "image" in modalities else 0
+    codes, per_image = (codec.num_codes, codec.codes_per_image) if codec is not None else (0, 0)
     speech = NUM_SPEECH_UNITS if "speech" in modalities else 0
-    vocabulary = Vocabulary(text_size, codes, codec.codes_per_image, speech)
+    vocabulary = Vocabulary(text_size, codes, per_image, speech)
     if config.model.vocab_size < vocabulary.size:
         raise UserError(
             f"model.vocab_size={config.model.vocab_size}: the tokenizers of "
@@ -52,7 +52,7 @@ class TokenPipeline(RowPipeline):
     [b, t, z] f32, and ``image_id`` [b, t] i32 numbers the pictures of a row from 1 (0: no picture).
     """
 
-    def __init__(self, config: Config, source: RecordSource, codec: ImageCodec):
+    def __init__(self, config: Config, source: RecordSource, codec: ImageCodec | None):
         data, modalities = config.data, config.model.modalities
         unknown = [name for name in modalities if name not in KINDS]
         if unknown or "text" not in modalities:
@@ -64,13 +64,15 @@ class TokenPipeline(RowPipeline):
             [modalities.index(kind) if kind in modalities else -1 for kind in KINDS], np.int32
         )
         self.tokenizer = load_text_tokenizer(data.text_tokenizer)
-        self.vocabulary = make_vocabulary(config, self.tokenizer.size, codec)
         self.latent_size = config.model.latents.size
         self.training = source.split == "train"
         self.variants = data.variants if self.training else 1
-        self.codes = image_codes(source, codec, self.variants, data.seed)
-        if "image" not in modalities:
-            self.codes = lambda record, variant=0: None
+        if "image" in modalities:
+            assert codec is not None, "pictures need the image tokenizer"
+            self.codes = image_codes(source, codec, self.variants, data.seed)
+        else:
+            codec, self.codes = None, lambda record, variant: None
+        self.vocabulary = make_vocabulary(config, self.tokenizer.size, codec)
         self.speech = _speech_units(source) if "speech" in modalities else [None] * len(source)
         self._check_modalities(source, modalities)
         absent = lambda record: [False, self.codes(record, 0) is None, self.speech[record] is None]
@@ -93,7 +95,7 @@ class TokenPipeline(RowPipeline):
             source=source.version,
             modalities=modalities,
             text=self.tokenizer.version,
-            image=codec.version,
+            image=codec.version if codec is not None else "",
             length=data.sequence_length,
             order=data.order,
             text_first_share=data.text_first_share,

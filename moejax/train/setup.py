@@ -139,7 +139,7 @@ def prepare_model(
 def open_pipeline(config: Config, split: str) -> Any:
     """The data of ``split``; pictures go through the frozen image tokenizer of the config."""
     codec: Any = None
-    if config.data.format == "tokens":
+    if config.data.format == "tokens" and "image" in config.model.modalities:
         from moejax.models.picture_codec import load_picture_codec
 
         codec = load_picture_codec(config)

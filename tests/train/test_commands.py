@@ -63,6 +63,8 @@ def test_mistakes_exit_with_2_in_one_line(command, tmp_path, capsys):
     for override, message in (
         ("--config.optim.name=sgdd", "optim.name: no optimizer 'sgdd'"),
         ("--config.data.batch_size=6", "data.batch_size=6"),
+        ("--config.optim.freeze=hed_dv", "optim.freeze: 'hed_dv' is found in no parameter"),
+        ("--config.train.init_from=nowhere", "train.init_from=nowhere: there is no folder"),
         ("--config.train.stepz=6", "train has no field 'stepz'; did you mean 'steps'?"),
         ("--config.eval.metrics=likelyhood", "did you mean 'likelihood'?"),
     ):
