@@ -35,6 +35,7 @@ def test_loss_by_shape_evaluation(config):
     model, objective = build(config)
 
     def loss(params, batch, key):
+        batch = objective.prepare(batch, key)
         outputs = model.apply({"params": params}, batch, train=True, rngs={"dropout": key})
         return objective(outputs, batch, key).total()
 
@@ -84,13 +85,29 @@ def test_small_is_the_default_in_float32(name):
 
 
 def test_mot_and_chameleon_differ_in_sharing_alone():
-    for arg in config_args("mot"):
+    assert set(config_args("chameleon")) < set(config_args("mot"))
+    for arg in config_args("chameleon"):
         spec = f":{arg}" if arg else ""
         shared = {f"model.untie.{name}": False for name in ("qkv", "out", "ffn", "norms")}
         mot = load_config(f"mot{spec}", {**shared, "model.untie.final_norm": False})
         chameleon = load_config(f"chameleon{spec}")
         for group in ("model", "data", "objective", "optim", "mesh", "train"):
             assert getattr(mot, group) == getattr(chameleon, group)
+
+
+def test_mot_and_transfusion_differ_in_sharing_and_the_place_of_norms():
+    sizes = [arg.partition("_")[2] for arg in config_args("mot") if "_" in arg]
+    assert len(sizes) > 1
+    for size in sizes:
+        shared = {f"model.untie.{name}": False for name in ("qkv", "out", "ffn", "norms")}
+        shared |= {"model.untie.final_norm": False, "model.norm_placement": "pre"}
+        mot, dense = (
+            load_config(f"mot:transfusion_{arg}", shared),
+            load_config(f"transfusion:{arg}"),
+        )
+        for group in ("model", "data", "objective", "optim", "mesh", "train", "eval"):
+            assert getattr(mot, group) == getattr(dense, group)
+        assert mot.about.active_params == dense.about.total_params
 
 
 @pytest.mark.parametrize("arg", ["37m", "94m", "443m", "880m", "1.5b", "7b"])
