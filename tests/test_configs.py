@@ -101,10 +101,8 @@ def test_mot_and_transfusion_differ_in_sharing_and_the_place_of_norms():
     for size in sizes:
         shared = {f"model.untie.{name}": False for name in ("qkv", "out", "ffn", "norms")}
         shared |= {"model.untie.final_norm": False, "model.norm_placement": "pre"}
-        mot, dense = (
-            load_config(f"mot:transfusion_{arg}", shared),
-            load_config(f"transfusion:{arg}"),
-        )
+        mot = load_config(f"mot:transfusion_{size}", shared)
+        dense = load_config(f"transfusion:{size}")
         for group in ("model", "data", "objective", "optim", "mesh", "train", "eval"):
             assert getattr(mot, group) == getattr(dense, group)
         assert mot.about.active_params == dense.about.total_params
