@@ -312,7 +312,8 @@ def _continue_with_latents(
             [rows[i] for i in active],
             latents=[latents[i] for i in active],
             grammar=Grammar(images=images - stage),
-            max_new_tokens=room,
+            max_new_tokens=max_new_tokens,
+            limit=room,
             sampling=sampling,
             **shared,
         )

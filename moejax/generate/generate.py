@@ -55,6 +55,7 @@ def generate(
     row_ids: Sequence[int] | None = None,
     unconditional: Sequence[Sequence[int]] | None = None,
     latents: Sequence[np.ndarray] | None = None,
+    limit: int | None = None,
 ) -> Generated:
     """Continues each prompt, all in one batch; compiles once for each shape.
 
@@ -76,6 +77,8 @@ def generate(
       latents: of a model whose pictures are latents, the clean patches of each prompt's pictures,
         [patches, z] in the order of their PATCH tokens. Such a model's row ends at a BOI, too:
         what follows is denoised, not written (moejax.generate.denoise).
+      limit: the most tokens to write, where that is less than ``max_new_tokens``; unlike that one
+        it compiles nothing anew.
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("generate needs at least one prompt, and no empty one")
@@ -97,6 +100,7 @@ def generate(
         sampling or Sampling(),
         grammar,
         None if latents is None else place_latents(tokens, latents, model.config.latents.size),
+        max_new_tokens if limit is None else min(limit, max_new_tokens),
         max_new_tokens=max_new_tokens,
         branches=1 if unconditional is None else 2,
     )
@@ -199,6 +203,7 @@ def _generate(
     sampling,
     grammar,
     latents_btz,
+    limit,
     *,
     max_new_tokens,
     branches,
@@ -206,7 +211,7 @@ def _generate(
     repeat = functools.partial(jnp.repeat, repeats=branches)
 
     def go_on(carry: _Carry):
-        return (carry.step < max_new_tokens) & ~carry.progress.done_b.all()
+        return (carry.step < limit) & ~carry.progress.done_b.all()
 
     def one_token(carry: _Carry) -> _Carry:
         step, logits, progress, cache, written_bt, count_b = carry
@@ -214,7 +219,7 @@ def _generate(
         if branches == 2:
             logits_bv = guide(logits_bv, logits[1::2], sampling.guidance)
         allowed_bv = allowed_tokens(
-            vocabulary, grammar, progress, step, max_new_tokens - step, logits.shape[-1]
+            vocabulary, grammar, progress, step, limit - step, logits.shape[-1]
         )
         step_key_b = jax.vmap(lambda key: jax.random.fold_in(key, step))(key_b)
         token_b = choose(step_key_b, mask_logits(logits_bv, allowed_bv), sampling)
