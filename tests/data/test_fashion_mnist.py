@@ -102,11 +102,19 @@ def test_missing_package_and_missing_folder(tmp_path, monkeypatch):
     "name, content, message",
     [
         ("train-images-idx3-ubyte.gz", b"not gzip", "not a whole gzip file"),
-        ("train-labels-idx1-ubyte.gz", gzip.compress(b"x" * 99)[:-9], "not a whole gzip file"),
-        ("train-labels-idx1-ubyte.gz", gzip.compress(b""), "not a whole idx file of 1 axes"),
+        (
+            "train-labels-idx1-ubyte.gz",
+            gzip.compress(b"x" * 99, mtime=0)[:-9],
+            "not a whole gzip file",
+        ),
+        (
+            "train-labels-idx1-ubyte.gz",
+            gzip.compress(b"", mtime=0),
+            "not a whole idx file of 1 axes",
+        ),
         (
             "train-images-idx3-ubyte.gz",
-            gzip.compress(b"\0\0\x08\3" * 9),
+            gzip.compress(b"\0\0\x08\3" * 9, mtime=0),
             "not a whole idx file of 3",
         ),
     ],
