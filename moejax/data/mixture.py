@@ -35,7 +35,6 @@ class MixturePipeline(RowPipeline):
 
     def __init__(self, config: Config, parts: Sequence[TokenPipeline]):
         self.parts = parts
-        self.names = [part.source.name for part in parts]
         self.counts = block_counts([weight for _, weight in config.data.sources])
         self.vocabulary = parts[0].vocabulary
         self.truncated = sum(part.truncated for part in parts)

@@ -12,12 +12,7 @@ from moejax.ops import diffusion
 from moejax.ops.pictures import max_pictures, per_token, picture_starts
 
 
-def add_picture_noise(
-    batch: dict,
-    rng: Array,
-    config: TransfusionConfig,
-    patches: int,
-) -> dict:
+def add_picture_noise(batch: dict, rng: Array, config: TransfusionConfig, patches: int) -> dict:
     """The batch with noisy latents: one time for each picture, in training and in evaluation.
 
     Args:

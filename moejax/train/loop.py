@@ -386,6 +386,7 @@ def header(setup: Setup) -> str:
     size = f"{config.data.batch_size} x {config.data.sequence_length} tokens"
     if config.data.format != "tokens":
         size = f"{config.data.batch_size} pictures"
+    cut = getattr(pipeline, "truncated", 0)
     lines = (
         f"{config.about.name or config.model.name}: {format_count(params)} parameters, "
         f"{format_count(table.active)} active for a token, "
@@ -393,7 +394,7 @@ def header(setup: Setup) -> str:
         + f"in {config.model.dtype}",
         f"devices: {mesh.size} x {jax.devices()[0].device_kind}" + (f" ({shape})" if shape else ""),
         f"data: {pipeline.source.name}, {len(pipeline.source)} records; {size} a step, "
-        f"{epoch} steps an epoch",
+        f"{epoch} steps an epoch" + (f"; {cut} texts cut to fit" if cut else ""),
         f"training: {steps} steps, {steps / epoch:.3g} epochs"
         + (f", {format_count(steps * tokens)} tokens" if config.data.format == "tokens" else ""),
     )
