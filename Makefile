@@ -26,6 +26,9 @@ QUICKSTART_DIR ?= runs/quickstart
 QUICKSTART_ARGS ?=
 SAMPLE_ARGS ?=
 PYTEST_ARGS ?=
+# Tests compile on one core each, so two processes halve their time; a file stays in one of them.
+PYTEST_WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile
 
 .PHONY: quickstart test test-all drill lint clean
 .DELETE_ON_ERROR:
@@ -37,10 +40,10 @@ quickstart: $(VENV)/.installed
 	@echo "the picture: $$(ls -t $(QUICKSTART_DIR)/samples/*/text2image.png | head -1)"
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -q -m "not gpu and not tpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "not gpu and not tpu" $(PYTEST_ARGS)
 
 drill: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -q -s -m slow tests/train/test_kill_drill.py

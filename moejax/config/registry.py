@@ -46,4 +46,6 @@ class Registry(Generic[T]):
 
 
 def _identity(entry) -> tuple:
+    # What a decorator wraps with more facts is the same entry if its function is.
+    entry = getattr(entry, "function", entry)
     return getattr(entry, "__module__", None), getattr(entry, "__qualname__", repr(entry))

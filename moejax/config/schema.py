@@ -276,9 +276,9 @@ class DataConfig:
                 "data.sources",
                 f"{entry!r} is not (KIND:NAME, positive weight)",
             )
-        require(
-            not self.sources or self.format == "tokens", "data.sources", "needs data.format=tokens"
-        )
+        for name, default in (("sources", ()), ("variants", 1)):
+            unused = self.format == "tokens" or getattr(self, name) == default
+            require(unused, f"data.{name}", "needs data.format=tokens")
 
 
 @OBJECTIVE_CONFIGS.register("next_token")

@@ -5,8 +5,10 @@ import pytest
 
 from moejax.data.emoji import may_mirror
 from moejax.data.image_codes import image_codes
+from moejax.config import load_config
 from moejax.data.sources import open_source
 from moejax.data.variants import variant
+from moejax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +76,8 @@ def test_codes_of_variants_lie_with_their_record(source, tmp_path, monkeypatch):
             np.testing.assert_array_equal(
                 codes(index, number), codec.encode(picture[None])[0].astype(np.int32)
             )
+
+
+def test_variants_without_token_sequences_are_refused():
+    with pytest.raises(UserError, match="data.variants: needs data.format=tokens"):
+        load_config("tokenizer_fsq", {"data.variants": 2})

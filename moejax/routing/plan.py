@@ -1,0 +1,154 @@
+"""What a router is given and what it returns; the registry that configs name routers from.
+
+A router is one function ``(inputs, *, option=default, ...) -> RoutingPlan`` with a registration
+line; its keyword arguments are the options a config may set. It sees logits in routing groups
+[s, n, e]: s groups of n tokens each, within which it may compare tokens. A group is one sequence,
+several, or the whole batch, by the config alone and never by the mesh.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from moejax.config.registry import Registry
+from moejax.errors import UserError, did_you_mean
+
+
+@struct.dataclass
+class RouterInputs:
+    """What a router may look at. E = ``num_experts`` columns: experts with weights first, then
+    zero, copy and constant experts, then shared ones that compete.
+
+    Attributes:
+      logits: [s, n, e] in float32 or wider; finite everywhere.
+      valid: [s, n] bool, False for padding, which is never routed, counted, or compared.
+      modality: [s, n] i32.
+      token_ids: [s, n] i32, for routing by the token alone.
+      allowed: [s, n, e] bool, experts that a token may choose; None where all are.
+      select_bias: [e], added to the scores for the choice and never to the weights; None without a
+        controller. Carries no gradient.
+      causal_logits: [s, n, e] of the auxiliary router that decides when tokens come one by one;
+        None without one.
+      rng: key, or None where nothing is to be drawn (evaluation).
+      step: [] i32 of the training step, or None.
+      num_ffn: how many of the columns are experts with weights.
+      num_shared: how many of the last columns are shared experts that compete with the others.
+      train: False when evaluating or decoding: no noise, and only causal choices.
+    """
+
+    logits: jax.Array
+    valid: jax.Array
+    modality: jax.Array
+    token_ids: jax.Array
+    allowed: jax.Array | None = None
+    select_bias: jax.Array | None = None
+    causal_logits: jax.Array | None = None
+    rng: jax.Array | None = None
+    step: jax.Array | None = None
+    num_ffn: int = struct.field(pytree_node=False, default=0)
+    num_shared: int = struct.field(pytree_node=False, default=0)
+    train: bool = struct.field(pytree_node=False, default=True)
+
+    @property
+    def num_experts(self) -> int:
+        return self.logits.shape[-1]
+
+    def may_choose(self) -> jax.Array:
+        """[s, n, e] bool: allowed experts of valid tokens."""
+        allowed = jnp.broadcast_to(self.valid[..., None], self.logits.shape)
+        return allowed if self.allowed is None else allowed & self.allowed
+
+
+@struct.dataclass
+class RoutingPlan:
+    """Which experts each token goes to.
+
+    Attributes:
+      expert_ids: [s, n, k] i32; E where there is no (or no longer a) choice. No expert twice.
+      weights: [s, n, k], what each expert's output is multiplied by; 0 where there is no choice.
+      probs: [s, n, e], the normalised scores that losses and statistics are made of; 0 for padding.
+      shared_weights: [s, n, shared] of shared experts that compete; None where they do not.
+      statistics: sums over the tokens that only this router can give (of a loss of its own).
+      max_choices: the most choices in one group; None: n * k.
+    """
+
+    expert_ids: jax.Array
+    weights: jax.Array
+    probs: jax.Array
+    shared_weights: jax.Array | None = None
+    statistics: dict[str, jax.Array] = struct.field(default_factory=dict)
+    max_choices: int | None = struct.field(pytree_node=False, default=None)
+
+
+@struct.dataclass
+class SoftPlan:
+    """Every slot a mixture of tokens, every token a mixture of slots (arXiv 2308.00951).
+
+    Attributes:
+      dispatch: [s, n, e, c], for each slot a distribution over the valid tokens of the group.
+      combine: [s, n, e, c], for each valid token a distribution over all slots.
+    """
+
+    dispatch: jax.Array
+    combine: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """A registered router.
+
+    Attributes:
+      function: ``(inputs, **options) -> RoutingPlan | SoftPlan``.
+      causal: whether a token's choice depends on itself alone. A router that is not causal is
+        refused in a decoder unless its option ``causal_rule`` says how to decide without the
+        tokens to come.
+      columns: (number of experts, options) -> columns of the logits.
+    """
+
+    function: Callable[..., Any]
+    causal: bool = True
+    columns: Callable[[int, Mapping[str, Any]], int] = lambda experts, options: experts
+
+    def defaults(self) -> dict[str, Any]:
+        """The options and their default values."""
+        return _defaults(self.function)
+
+
+def _defaults(function: Callable) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+ROUTERS: Registry[Router] = Registry("router")
+
+
+def router(name: str, *, causal: bool = True, columns=None) -> Callable[[Callable], Callable]:
+    """Decorator that registers a function as the router ``name``; see :class:`Router`."""
+
+    def add(function: Callable) -> Callable:
+        more = {} if columns is None else {"columns": columns}
+        ROUTERS.register(name)(Router(function, causal, **more))
+        return function
+
+    return add
+
+
+def check_options(kind: str, defaults: Mapping[str, Any], options: Mapping[str, Any], field: str):
+    """UserError naming the option that ``defaults`` does not have, or whose type is another.
+
+    ``kind`` is what the message calls the owner of the options, such as "router 'top_k'".
+    """
+    for name, value in options.items():
+        if name not in defaults:
+            raise UserError(
+                f"{field}.{name}: {kind} has no such option{did_you_mean(name, defaults)}"
+            )
+        wanted = type(defaults[name])
+        fits = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
+        if not fits and not (wanted is float and type(value) is int):
+            raise UserError(f"{field}.{name}: expected {wanted.__name__}, got {value!r}")
