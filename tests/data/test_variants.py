@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from moejax.config import load_config
 from moejax.data.emoji import may_mirror
 from moejax.data.image_codes import image_codes
-from moejax.config import load_config
 from moejax.data.sources import open_source
 from moejax.data.variants import variant
 from moejax.errors import UserError
