@@ -24,7 +24,8 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 # The annotations of the pure packages are checked at each call, in tests only.
 _HOOK = install_import_hook(
-    ["moejax.ops", "moejax.objectives", "pallas_kernels"], "beartype.beartype"
+    ["moejax.experts", "moejax.ops", "moejax.objectives", "moejax.routing", "pallas_kernels"],
+    "beartype.beartype",
 )
 
 # (3,) + (2, 3) is an error: a missing axis must be written out.
