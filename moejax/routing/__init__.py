@@ -1,1 +1,51 @@
 """Routing as pure functions: which experts a token goes to, with which weights, at what loss."""
+
+# Importing these registers their routers.
+from moejax.routing import expert_choice as _expert_choice
+from moejax.routing import top_k as _top_k
+from moejax.routing.balance import CONTROLLERS, fair_counts, update_bias
+from moejax.routing.capacity import expert_capacity, heterogeneous_capacity, limit_capacity
+from moejax.routing.checks import check_router
+from moejax.routing.losses import ROUTER_LOSSES, RouterLoss
+from moejax.routing.perturb import jitter
+from moejax.routing.plan import (
+    ROUTERS,
+    Router,
+    RouterInputs,
+    RoutingPlan,
+    SoftPlan,
+    check_options,
+    keyword_defaults,
+    router,
+)
+from moejax.routing.reuse import open_experts, pool_mask
+from moejax.routing.scores import SCORES, Score, allowed_experts
+from moejax.routing.stats import routing_statistics, summarise
+
+__all__ = [
+    "CONTROLLERS",
+    "ROUTERS",
+    "ROUTER_LOSSES",
+    "SCORES",
+    "Router",
+    "RouterInputs",
+    "RouterLoss",
+    "RoutingPlan",
+    "Score",
+    "SoftPlan",
+    "allowed_experts",
+    "check_options",
+    "check_router",
+    "expert_capacity",
+    "fair_counts",
+    "heterogeneous_capacity",
+    "jitter",
+    "keyword_defaults",
+    "limit_capacity",
+    "open_experts",
+    "pool_mask",
+    "router",
+    "routing_statistics",
+    "summarise",
+    "update_bias",
+]

@@ -37,7 +37,10 @@ class RouterInputs:
       rng: key, or None where nothing is to be drawn (evaluation).
       step: [] i32 of the training step, or None.
       num_ffn: how many of the columns are experts with weights.
+      num_zero: how many of the columns after those are experts whose output is zero.
       num_shared: how many of the last columns are shared experts that compete with the others.
+      num_modalities: modality ids are below it; losses of each modality need it.
+      sequences: how many sequences, of equal length, one group holds one after the other.
       train: False when evaluating or decoding: no noise, and only causal choices.
     """
 
@@ -51,16 +54,26 @@ class RouterInputs:
     rng: jax.Array | None = None
     step: jax.Array | None = None
     num_ffn: int = struct.field(pytree_node=False, default=0)
+    num_zero: int = struct.field(pytree_node=False, default=0)
     num_shared: int = struct.field(pytree_node=False, default=0)
+    num_modalities: int = struct.field(pytree_node=False, default=0)
+    sequences: int = struct.field(pytree_node=False, default=1)
     train: bool = struct.field(pytree_node=False, default=True)
 
     @property
     def num_experts(self) -> int:
         return self.logits.shape[-1]
 
+    @property
+    def num_routed(self) -> int:
+        """The columns that a token chooses from: all but shared experts."""
+        return self.num_experts - self.num_shared
+
     def may_choose(self) -> jax.Array:
-        """[s, n, e] bool: allowed experts of valid tokens."""
+        """[s, n, e] bool: allowed experts of valid tokens, shared ones never."""
         allowed = jnp.broadcast_to(self.valid[..., None], self.logits.shape)
+        if self.num_shared:
+            allowed = allowed & (jnp.arange(self.num_experts) < self.num_routed)[None, None]
         return allowed if self.allowed is None else allowed & self.allowed
 
 
@@ -71,9 +84,12 @@ class RoutingPlan:
     Attributes:
       expert_ids: [s, n, k] i32; E where there is no (or no longer a) choice. No expert twice.
       weights: [s, n, k], what each expert's output is multiplied by; 0 where there is no choice.
-      probs: [s, n, e], the normalised scores that losses and statistics are made of; 0 for padding.
+      probs: [s, n, e], what losses and statistics are made of: for each valid token a distribution
+        over the experts that it may choose, without noise; 0 for padding and for shared experts.
       shared_weights: [s, n, shared] of shared experts that compete; None where they do not.
-      statistics: sums over the tokens that only this router can give (of a loss of its own).
+      chosen_ids: [s, n, k], what was chosen before a capacity took some of it away; None where
+        nothing was.
+      statistics: sums over a group's tokens, [s, ...], that only this router can give.
       max_choices: the most choices in one group; None: n * k.
     """
 
@@ -81,8 +97,13 @@ class RoutingPlan:
     weights: jax.Array
     probs: jax.Array
     shared_weights: jax.Array | None = None
+    chosen_ids: jax.Array | None = None
     statistics: dict[str, jax.Array] = struct.field(default_factory=dict)
     max_choices: int | None = struct.field(pytree_node=False, default=None)
+
+    def chosen(self) -> jax.Array:
+        """[s, n, k]: the choices before any capacity, which losses are about."""
+        return self.expert_ids if self.chosen_ids is None else self.chosen_ids
 
 
 @struct.dataclass
@@ -107,19 +128,26 @@ class Router:
       causal: whether a token's choice depends on itself alone. A router that is not causal is
         refused in a decoder unless its option ``causal_rule`` says how to decide without the
         tokens to come.
+      causal_rules: what ``causal_rule`` may be: how a router that is not causal chooses when it
+        does not train. "none" says: no other way than in training.
       columns: (number of experts, options) -> columns of the logits.
+      check: (number of experts to choose from, all options) -> None; UserError for values that
+        cannot be (:func:`moejax.routing.checks.require_option`).
     """
 
     function: Callable[..., Any]
     causal: bool = True
+    causal_rules: tuple[str, ...] = ()
     columns: Callable[[int, Mapping[str, Any]], int] = lambda experts, options: experts
+    check: Callable[[int, Mapping[str, Any]], None] = lambda experts, options: None
 
     def defaults(self) -> dict[str, Any]:
         """The options and their default values."""
-        return _defaults(self.function)
+        return keyword_defaults(self.function)
 
 
-def _defaults(function: Callable) -> dict[str, Any]:
+def keyword_defaults(function: Callable) -> dict[str, Any]:
+    """The keyword-only arguments of a registered function: its options, with their defaults."""
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
@@ -127,12 +155,14 @@ def _defaults(function: Callable) -> dict[str, Any]:
 ROUTERS: Registry[Router] = Registry("router")
 
 
-def router(name: str, *, causal: bool = True, columns=None) -> Callable[[Callable], Callable]:
-    """Decorator that registers a function as the router ``name``; see :class:`Router`."""
+def router(name: str, **facts: Any) -> Callable[[Callable], Callable]:
+    """Decorator that registers a function as the router ``name``.
+
+    ``facts`` are the fields of :class:`Router` that are not as usual.
+    """
 
     def add(function: Callable) -> Callable:
-        more = {} if columns is None else {"columns": columns}
-        ROUTERS.register(name)(Router(function, causal, **more))
+        ROUTERS.register(name)(Router(function, **facts))
         return function
 
     return add
