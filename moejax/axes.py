@@ -13,6 +13,7 @@ A weight carries its axes in its name: ``wi_mdf`` is [modality, model, hidden].
 # Logical names of parameter axes (parallel/rules.py maps them to mesh axes).
 LAYERS = "layers"
 MODALITY = "modality"
+EXPERT = "expert"
 EMBED = "embed"
 MLP = "mlp"
 HEADS = "heads"

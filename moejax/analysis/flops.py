@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from moejax.analysis.experts import ffn_choices
 from moejax.analysis.jaxpr_flops import count_flops
 from moejax.analysis.params import abstract_batch, abstract_params
 from moejax.config import Config, Registry
@@ -119,9 +120,9 @@ def decoder_flops(config: Config) -> dict[str, TokenFlops] | None:
     Pictures as latents have no logits, but an adapter into and out of the model's width.
     """
     model, length = config.model, config.data.sequence_length
-    kinds = model.block_kinds()
+    kinds = [model.for_block(kind) for kind in model.block_kinds()]
     continuous = model.latents.channels > 0
-    if any(kind not in BLOCK_FLOPS for kind in kinds):
+    if any(kind not in BLOCK_FLOPS for kind, _ in kinds):
         return None
     logits = TokenFlops(0.0, 0.0, 2.0 * model.d_model * model.vocab_size)
     patches = TokenFlops(2.0 * adapter_products(model), 0.0, 0.0)
@@ -129,7 +130,7 @@ def decoder_flops(config: Config) -> dict[str, TokenFlops] | None:
         name: patches if continuous and name == "image" else logits for name in model.modalities
     }
     return {
-        name: sum((BLOCK_FLOPS.get(kind)(model, index, length) for kind in kinds), ends[name])
+        name: sum((BLOCK_FLOPS.get(kind)(own, index, length) for kind, own in kinds), ends[name])
         for index, name in enumerate(model.modalities)
     }
 
@@ -149,19 +150,47 @@ def adapter_products(model: DecoderConfig) -> float:
 @BLOCK_FLOPS.register("untied")
 def untied_block_flops(model: DecoderConfig, modality: int, length: int) -> TokenFlops:
     """A transformer block; untied weights cost what shared ones do."""
-    width = model.ffn_hidden[modality % len(model.ffn_hidden)]
-    return _transformer_block(model, width, length)
+    return _attention(model, length) + _mlp(
+        model, model.ffn_hidden[modality % len(model.ffn_hidden)]
+    )
 
 
 @BLOCK_FLOPS.register("dense")
 def dense_block_flops(model: DecoderConfig, modality: int, length: int) -> TokenFlops:
     """A transformer block with everything shared: the widest feed-forward layer for all."""
-    return _transformer_block(model, max(model.ffn_hidden), length)
+    return _attention(model, length) + _mlp(model, max(model.ffn_hidden))
 
 
-def _transformer_block(model: DecoderConfig, width: int, length: int) -> TokenFlops:
+@BLOCK_FLOPS.register("moe")
+def moe_block_flops(model: DecoderConfig, modality: int, length: int) -> TokenFlops:
+    """Attention and a layer of experts."""
+    del modality
+    return _attention(model, length) + _experts(model)
+
+
+@BLOCK_FLOPS.register("shortcut_moe")
+def shortcut_moe_block_flops(model: DecoderConfig, modality: int, length: int) -> TokenFlops:
+    """Two attentions, two dense layers, one layer of experts."""
+    dense = untied_block_flops(model, modality, length)
+    return dense + dense + _experts(model)
+
+
+def _attention(model: DecoderConfig, length: int) -> TokenFlops:
     d, h = model.d_model, model.head_dim
     projections = d * (model.num_heads + 2 * model.kv_heads) * h + model.num_heads * h * d
-    swiglu = 3 * d * width
     # Each query meets `length` keys, then as many values.
-    return TokenFlops(2.0 * (projections + swiglu), 4.0 * length * model.num_heads * h, 0.0)
+    return TokenFlops(2.0 * projections, 4.0 * length * model.num_heads * h, 0.0)
+
+
+def _mlp(model: DecoderConfig, width: float, matrices: int = 3) -> TokenFlops:
+    """SwiGLU of three matrices, or another MLP of two."""
+    return TokenFlops(2.0 * matrices * model.d_model * width, 0.0, 0.0)
+
+
+def _experts(model: DecoderConfig) -> TokenFlops:
+    """The router, the experts that a token runs on average, and what is shared."""
+    moe = model.moe
+    width = ffn_choices(moe) * (moe.hidden or max(model.ffn_hidden)) + moe.shared_hidden
+    matrices = 3 if moe.activation == "swiglu" else 2
+    router = TokenFlops(2.0 * model.d_model * moe.columns, 0.0, 0.0)
+    return (_mlp(model, width, matrices) + router).scaled(moe.iterations)

@@ -10,6 +10,7 @@ from flax.core import meta
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from moejax import axes
+from moejax.analysis.experts import ffn_choices
 from moejax.config import Config
 from moejax.parallel.mesh import check_mesh
 from moejax.parallel.rules import state_shardings
@@ -53,7 +54,8 @@ class ParamTable:
       rows: one for each parameter.
       mesh: size of each mesh axis.
       total: numbers in all parameters.
-      active: those that one token meets, of the modality that meets the most.
+      active: those that one token meets, of the modality that meets the most; of experts, as many
+        as a token runs on average.
       frozen: those that training never changes (``optim.freeze``).
       per_modality: how many belong to each modality alone, and to ``"shared"``; sums to ``total``.
       bytes_per_device: of the parameters.
@@ -141,7 +143,7 @@ def param_table(model, config: Config) -> ParamTable:
         rows=rows,
         mesh=dict(mesh.shape),
         total=sum(row.size for row in rows),
-        active=owned[SHARED] + max(towers, default=0),
+        active=owned[SHARED] + max(towers, default=0) - round(_idle(rows, config.model)),
         frozen=count_frozen(optimizer.frozen, boxed),
         per_modality=owned,
         bytes_per_device=sum(row.bytes_per_device for row in rows),
@@ -164,6 +166,19 @@ def abstract_mesh(config: Config) -> AbstractMesh:
     fill = max(1, jax.device_count() // fixed) if -1 in sizes.values() else 1
     shape = check_mesh(config, fixed * fill)
     return AbstractMesh(shape, axes.MESH_AXES, axis_types=(AxisType.Auto,) * len(axes.MESH_AXES))
+
+
+def _idle(rows: tuple[ParamRow, ...], model: Any) -> float:
+    """Numbers in the experts that a token does not run, on average."""
+    moe = getattr(model, "moe", None)
+    if moe is None or not moe.num_experts:
+        return 0.0
+    idle = 0.0
+    for row in rows:
+        if axes.EXPERT in row.axes:
+            experts = row.shape[row.axes.index(axes.EXPERT)]
+            idle += row.size * max(0.0, 1 - moe.iterations * ffn_choices(moe) / experts)
+    return idle
 
 
 def _is_box(leaf: Any) -> bool:

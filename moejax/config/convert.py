@@ -9,6 +9,7 @@ from typing import Any
 import ml_collections
 
 from moejax.config import schema
+from moejax.config.options import Options
 from moejax.errors import UserError, did_you_mean
 
 _BY_NAME = {"model": schema.MODEL_CONFIGS, "objective": schema.OBJECTIVE_CONFIGS}
@@ -79,6 +80,10 @@ def _build(cls: type, value: Any, path: str):
 def _coerce(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, path)
+    if hint is Options:
+        if not isinstance(value, Mapping):
+            raise UserError(f"{path}: expected a group of options, got {value!r}")
+        return Options(value)
     if typing.get_origin(hint) is tuple:
         if isinstance(value, str) or not isinstance(value, (tuple, list)):
             value = (value,)

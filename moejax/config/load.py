@@ -1,5 +1,6 @@
 """Finds a config by path or short name, applies command-line overrides, checks it."""
 
+import ast
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -105,6 +106,10 @@ def _normalised(override: str, config: ml_collections.ConfigDict) -> str:
     node = config
     path = []
     for part in key.split("."):
+        if path and path[-1] == "options" and isinstance(node, ml_collections.ConfigDict):
+            # Options are those of a function that is not known here; it checks their names.
+            with node.unlocked():
+                node[part] = _literal(value)
         if not isinstance(node, ml_collections.ConfigDict) or part not in node:
             known = list(node) if isinstance(node, ml_collections.ConfigDict) else []
             where = ".".join(path) or "config"
@@ -116,6 +121,13 @@ def _normalised(override: str, config: ml_collections.ConfigDict) -> str:
     if isinstance(node, ml_collections.ConfigDict):
         raise UserError(f"--config.{key}: is a group; set one of {', '.join(node)}")
     return f"--config.{key}={value}"
+
+
+def _literal(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
 
 
 def load_config(spec: str, overrides: Sequence[str] | dict = ()) -> Config:

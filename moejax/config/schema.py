@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from moejax.config.checks import require, require_one_of, require_positive
+from moejax.config.moe import MoEConfig
 from moejax.config.registry import Registry
 from moejax.config.training import OptimConfig, TrainConfig
 
@@ -81,6 +82,7 @@ class DecoderConfig:
     ffn_hidden: tuple[int, ...] = (384,)
     untie: UntieConfig = dataclasses.field(default_factory=UntieConfig)
     latents: LatentConfig = dataclasses.field(default_factory=LatentConfig)
+    moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     # Kinds of block, cycled over the depth; first/last blocks stand outside of the cycle.
     block_pattern: tuple[str, ...] = ("untied",)
     first_blocks: tuple[str, ...] = ()
@@ -142,6 +144,7 @@ class DecoderConfig:
         require_one_of(self.dtype, ("float32", "bfloat16", "float64"), "model.dtype")
         require_one_of(self.remat, ("none", "dots", "full"), "model.remat")
         require_one_of(self.kernel_backend, ("auto", "reference", "xla"), "model.kernel_backend")
+        self.moe.check_modalities(self.modalities)
 
     @property
     def kv_heads(self) -> int:
@@ -157,6 +160,16 @@ class DecoderConfig:
         period = self.block_pattern
         cycled = tuple(period[i % len(period)] for i in range(middle))
         return self.first_blocks + cycled + self.last_blocks
+
+    def for_block(self, kind: str) -> tuple[str, "DecoderConfig"]:
+        """``"moe:16"`` -> ("moe", this config with 16 experts); other kinds as they are."""
+        base, colon, experts = kind.partition(":")
+        if not colon:
+            return base, self
+        number = experts.isdecimal() and int(experts) > 0
+        require(bool(number), "model.block_pattern", f"{kind!r}: {experts!r} is no number")
+        own = dataclasses.replace(self.moe, num_experts=int(experts))
+        return base, dataclasses.replace(self, moe=own)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from flax import struct
 from moejax import axes
 from moejax.config.schema import DecoderConfig
 from moejax.models.registry import MODELS
-from moejax.nn.block import BLOCKS
+from moejax.nn.block import make_block
 from moejax.nn.context import Context
 from moejax.nn.layers import (
     Norm,
@@ -63,6 +63,8 @@ class Decoder(nn.Module):
         train: bool = False,
         cache: dict | None = None,
         cached_b: jax.Array | None = None,
+        step: jax.Array | None = None,
+        record: bool = False,
     ) -> DecoderOutput:
         """Logits of the next token after each token.
 
@@ -73,6 +75,8 @@ class Decoder(nn.Module):
           train: keep no keys and values, apply dropout (with the rng stream "dropout").
           cache: keys and values of earlier tokens, as in ``rows`` with s slots for t.
           cached_b: how many slots of each row of the cache are filled, [b] i32.
+          step: of the training run, [] i32, for what changes in the course of it.
+          record: give each token's experts, weights and logits in ``aux``.
         """
         cfg = self.config
         dtype = compute_dtype(cfg)
@@ -102,12 +106,16 @@ class Decoder(nn.Module):
             mask_bts = cached_mask(segments, cached_b, _capacity(cache), seen_as_one)
             layer_state = cache
         ctx = Context(
+            tokens_bt=tokens,
             positions_bt=batch["positions"],
             modality_bt=modality,
+            valid_bt=segments > 0,
             mask_bts=mask_bts,
             layout=(layout := self._layout(modality)),
-            rng=self.make_rng("dropout") if train and cfg.dropout > 0 else None,
+            rng=self.make_rng("dropout") if train and self.has_rng("dropout") else None,
+            step=step,
             train=train,
+            record=record,
         )
         x_btd, rows, aux = Stack(cfg, name="stack")(x_btd, layer_state, ctx)
         towers = len(cfg.modalities) if cfg.untie.final_norm else 1
@@ -156,6 +164,6 @@ def _capacity(cache: dict) -> int:
 
 @MODELS.register("decoder")
 def build_decoder(config: DecoderConfig) -> Decoder:
-    for kind in config.block_kinds():
-        BLOCKS.get(kind, field="model.block_pattern")
+    for kind in sorted(set(config.block_kinds())):
+        make_block(config, kind, name="block")
     return Decoder(config)

@@ -1,5 +1,7 @@
 """Blocks of the decoder, and the registry a config's ``model.block_pattern`` names them from.
 
+A kind may carry the number of its experts, ``"moe:16"``, where layers differ in it.
+
 A block is ``block(x, carry, layer_state, ctx) -> (x, carry, layer_state, aux)``: ``carry`` goes
 from layer to layer, ``layer_state`` is this layer's own (its cache going in, its new rows coming
 out), ``aux`` holds statistics. None of them is stored by a side effect.
@@ -15,16 +17,65 @@ from moejax.config.schema import DecoderConfig, UntieConfig
 from moejax.nn.attention import Attention
 from moejax.nn.context import Context
 from moejax.nn.layers import Norm, SwiGLU, param_dtype
+from moejax.nn.moe import MoE, check_moe
 
 # kind -> function(config, name of the submodule) -> Linen module with the signature above
 BLOCKS: Registry = Registry("block")
 
 
 class TransformerBlock(nn.Module):
-    """Attention and SwiGLU with residuals; each parameter shared or per modality.
+    """Attention and SwiGLU, or a layer of experts, with residuals; shared or per modality.
 
     ``norm_placement``: "post_branch" is ``x + norm(f(x))`` (arXiv 2411.04996 eq. 3; Chameleon
     34B), "pre" is ``x + f(norm(x))``.
+    """
+
+    config: DecoderConfig
+    untie: UntieConfig
+    experts: bool = False
+
+    @nn.compact
+    def __call__(self, x_btd: jax.Array, carry, layer_state: dict, ctx: Context):
+        cfg = self.config
+        num = len(cfg.modalities)
+        attention = Attention(cfg, self.untie, name="attention")
+        rows, aux = {}, {}
+
+        def attention_branch(x):
+            out, new_rows = attention(x, layer_state.get("cache"), ctx)
+            rows.update(new_rows)
+            return out
+
+        def expert_branch(x):
+            nonlocal carry
+            out, carry, aux["moe"] = moe(x, carry, ctx)
+            return out
+
+        x_btd = self._residual("attention_norm", x_btd, attention_branch, ctx, 0)
+        if self.experts:
+            moe = MoE(cfg, name="moe")
+            ffn_branch = expert_branch
+        else:
+            ffn = SwiGLU(cfg, num if self.untie.ffn else 1, cfg.ffn_hidden, name="ffn")
+            ffn_branch = lambda x: ffn(x, ctx)
+        x_btd = self._residual("ffn_norm", x_btd, ffn_branch, ctx, 1)
+        return x_btd, carry, {"cache": rows}, aux
+
+    def _residual(self, name: str, x_btd: jax.Array, branch, ctx: Context, index: int):
+        cfg = self.config
+        norm = make_norm(cfg, self.untie, name)
+        if cfg.norm_placement == "pre":
+            out = branch(norm(x_btd, ctx.modality_bt))
+        else:
+            out = norm(branch(x_btd), ctx.modality_bt)
+        return x_btd + _dropout(out, cfg.dropout, ctx, index)
+
+
+class ShortcutBlock(nn.Module):
+    """Two attentions and two dense layers, with one layer of experts beside them (ScMoE).
+
+    ``a = x + Attn(x); m = MoE(n a); b = a + MLP(n a); c = b + Attn(b); y = c + MLP(c) + m``: the
+    experts have two sublayers' time to answer (arXiv 2509.01322, section 2; norms are in front).
     """
 
     config: DecoderConfig
@@ -33,29 +84,26 @@ class TransformerBlock(nn.Module):
     @nn.compact
     def __call__(self, x_btd: jax.Array, carry, layer_state: dict, ctx: Context):
         cfg = self.config
-        num = len(cfg.modalities)
-        attention = Attention(cfg, self.untie, name="attention")
-        ffn = SwiGLU(cfg, num if self.untie.ffn else 1, cfg.ffn_hidden, name="ffn")
-        rows = {}
+        num = len(cfg.modalities) if self.untie.ffn else 1
+        cache, rows = layer_state.get("cache", {}), {}
+        drop = lambda out, index: _dropout(out, cfg.dropout, ctx, index)
+        experts_out, aux = None, {}
+        for i, half in enumerate(("first", "second")):
+            normed = make_norm(cfg, self.untie, f"{half}_attention_norm")(x_btd, ctx.modality_bt)
+            attention = Attention(cfg, self.untie, name=f"{half}_attention")
+            out, rows[half] = attention(normed, cache.get(half), ctx)
+            x_btd = x_btd + drop(out, 3 * i)
+            normed = make_norm(cfg, self.untie, f"{half}_ffn_norm")(x_btd, ctx.modality_bt)
+            if experts_out is None:
+                experts_out, carry, aux["moe"] = MoE(cfg, name="moe")(normed, carry, ctx)
+            ffn = SwiGLU(cfg, num, cfg.ffn_hidden, name=f"{half}_ffn")
+            x_btd = x_btd + drop(ffn(normed, ctx), 3 * i + 1)
+        return x_btd + drop(experts_out, 2), carry, {"cache": rows}, aux
 
-        def attention_branch(x):
-            out, new_rows = attention(x, layer_state.get("cache"), ctx)
-            rows.update(new_rows)
-            return out
 
-        x_btd = self._residual("attention_norm", x_btd, attention_branch, ctx, 0)
-        x_btd = self._residual("ffn_norm", x_btd, lambda x: ffn(x, ctx), ctx, 1)
-        return x_btd, carry, {"cache": rows}, {}
-
-    def _residual(self, name: str, x_btd: jax.Array, branch, ctx: Context, index: int):
-        cfg = self.config
-        towers = len(cfg.modalities) if self.untie.norms else 1
-        norm = Norm("rms", cfg.norm_eps, towers, param_dtype(cfg), name=name)
-        if cfg.norm_placement == "pre":
-            out = branch(norm(x_btd, ctx.modality_bt))
-        else:
-            out = norm(branch(x_btd), ctx.modality_bt)
-        return x_btd + _dropout(out, cfg.dropout, ctx, index)
+def make_norm(config: DecoderConfig, untie: UntieConfig, name: str) -> Norm:
+    towers = len(config.modalities) if untie.norms else 1
+    return Norm("rms", config.norm_eps, towers, param_dtype(config), name=name)
 
 
 def _dropout(x: jax.Array, rate: float, ctx: Context, index: int) -> jax.Array:
@@ -77,3 +125,27 @@ def dense_block(config: DecoderConfig, name: str) -> nn.Module:
     """The block with everything shared, whatever ``model.untie`` says."""
     shared = dataclasses.replace(config, ffn_hidden=(max(config.ffn_hidden),), untie=UntieConfig())
     return TransformerBlock(shared, UntieConfig(), name=name)
+
+
+@BLOCKS.register("moe")
+def moe_block(config: DecoderConfig, name: str) -> nn.Module:
+    """The block with experts (``model.moe``) for a feed-forward layer."""
+    check_moe(config)
+    return TransformerBlock(config, config.untie, experts=True, name=name)
+
+
+@BLOCKS.register("shortcut_moe")
+def shortcut_moe_block(config: DecoderConfig, name: str) -> nn.Module:
+    """Two attentions, two dense layers and experts beside them (``model.moe``)."""
+    check_moe(config)
+    return ShortcutBlock(config, config.untie, name=name)
+
+
+def make_block(config: DecoderConfig, kind: str, name: str) -> nn.Module:
+    """The block that an entry of ``model.block_pattern`` names.
+
+    Raises:
+      UserError: no such block, or what it cannot be made of.
+    """
+    base, own = config.for_block(kind)
+    return BLOCKS.get(base, field="model.block_pattern")(own, name)

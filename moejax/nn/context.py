@@ -1,5 +1,7 @@
 """What every block of a stack can read."""
 
+from typing import Any
+
 import jax
 from flax import struct
 
@@ -10,12 +12,21 @@ class Context(struct.PyTreeNode):
     """Read-only inputs of a block; the same for all layers.
 
     ``mask_bts`` is [b, t, s]: over the sequence itself in training, over [cache, new tokens] when
-    decoding. ``rng`` is folded with the layer index by the stack; None when nothing is random.
+    decoding. ``valid_bt`` is False for padding. ``rng`` is folded with the layer index by the
+    stack; None when nothing is random. ``step`` is that of the training run, or None. ``pool``
+    holds the weights of experts that several layers share, of which this is number ``pool_index``.
+    With ``record``, blocks give what they decided for each token in their aux.
     """
 
+    tokens_bt: jax.Array
     positions_bt: jax.Array
     modality_bt: jax.Array
+    valid_bt: jax.Array
     mask_bts: jax.Array
     layout: ModalityLayout | None
     rng: jax.Array | None
+    step: jax.Array | None = None
+    pool: Any = None
+    pool_index: int = struct.field(pytree_node=False, default=0)
     train: bool = struct.field(pytree_node=False, default=False)
+    record: bool = struct.field(pytree_node=False, default=False)

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from moejax import axes
+from moejax.config.checks import require
 from moejax.config.schema import DecoderConfig
-from moejax.nn.block import BLOCKS
+from moejax.nn.block import make_block
 from moejax.nn.context import Context
+from moejax.nn.moe import Experts
 
 
 class Segment(NamedTuple):
@@ -39,7 +41,7 @@ def segments_of(config: DecoderConfig) -> tuple[Segment, ...]:
     period = config.block_pattern
     middle = config.num_layers - len(config.first_blocks) - len(config.last_blocks)
     add_runs(config.first_blocks)
-    if len(set(period)) == 1:
+    if config.moe.pool_layers == 1 and len(set(period)) == 1:
         add_runs(period[:1] * middle)
     else:
         add(period, middle // len(period))
@@ -58,13 +60,17 @@ class Period(nn.Module):
     def __call__(self, x_and_carry, layer_state, layer_index, ctx: Context):
         x, carry = x_and_carry
         states, auxes = {}, {}
+        moe, pool = self.config.moe, None
+        if moe.pool_layers > 1 and len(self.kinds) == moe.pool_layers:
+            pool = Experts(self.config, moe.pool, name="pool")()
         for i, kind in enumerate(self.kinds):
             name = f"block_{i}"
             rng = None if ctx.rng is None else jax.random.fold_in(ctx.rng, layer_index + i)
-            block = BLOCKS.get(kind, field="model.block_pattern")(self.config, name)
+            own = ctx.replace(rng=rng, pool=pool, pool_index=i)
+            block = make_block(self.config, kind, name)
             with jax.named_scope(kind):
                 x, carry, states[name], auxes[name] = block(
-                    x, carry, layer_state.get(name, {}), ctx.replace(rng=rng)
+                    x, carry, layer_state.get(name, {}), own
                 )
         if ctx.train:
             # Training keeps no keys and values; without this the scan would stack them all.
@@ -79,14 +85,14 @@ _REMAT_POLICIES = {
 
 
 class Stack(nn.Module):
-    """All layers. ``carry`` starts empty in every segment."""
+    """All layers. ``carry`` goes on through segments of equal shape, else it starts anew."""
 
     config: DecoderConfig
 
     @nn.compact
     def __call__(self, x_btd: jax.Array, layer_state: dict, ctx: Context):
         """Returns (x, new layer_state, aux); both dicts are keyed by segment, leaves [l, ...]."""
-        new_state, aux = {}, {}
+        new_state, aux, carry = {}, {}, {}
         # Layer state and index are sliced, the context is not; Linen's annotation says "int".
         in_axes: Any = (0, 0, nn.broadcast)
         body = Period
@@ -105,7 +111,25 @@ class Stack(nn.Module):
                 metadata_params={nn.PARTITION_NAME: axes.LAYERS},
             )
             index = segment.first + jnp.arange(segment.repeats) * len(segment.kinds)
-            (x_btd, _), (new_state[name], aux[name]) = scan(self.config, segment.kinds, name=name)(
-                (x_btd, {}), layer_state.get(name, {}), index, ctx
-            )
+            fresh = initial_carry(self.config, segment, x_btd)
+            same = jax.tree.map(jnp.shape, carry) == jax.tree.map(jnp.shape, fresh)
+            carry = carry if same else fresh
+            (x_btd, carry), (new_state[name], aux[name]) = scan(
+                self.config, segment.kinds, name=name
+            )((x_btd, carry), layer_state.get(name, {}), index, ctx)
         return x_btd, new_state, aux
+
+
+def initial_carry(config: DecoderConfig, segment: Segment, x_btd: jax.Array) -> dict:
+    """What the first layer of a segment is given from the layers before: zeros, or nothing."""
+    kinds = [config.for_block(kind) for kind in segment.kinds]
+    columns = {own.moe.columns for _, own in kinds if own.moe.score.gating_residual}
+    if not columns:
+        return {}
+    require(
+        len(columns) == 1,
+        "model.moe.score.gating_residual",
+        "needs as many experts in each block of model.block_pattern",
+    )
+    dtype = jnp.promote_types(x_btd.dtype, jnp.float32)
+    return {"router_logits": jnp.zeros((*x_btd.shape[:2], columns.pop()), dtype)}

@@ -5,6 +5,7 @@ from moejax.objectives import autoencode as _autoencode
 from moejax.objectives import next_token as _next_token
 from moejax.objectives import transfusion as _transfusion
 from moejax.objectives.base import OBJECTIVES, LossSums, Objective
+from moejax.objectives.routing import with_routing
 
 __all__ = ["OBJECTIVES", "LossSums", "Objective", "build_objective"]
 
@@ -13,4 +14,5 @@ def build_objective(config: Config) -> Objective:
     """The objective that ``config.objective`` describes."""
     make = OBJECTIVES.get(config.objective.name, field="objective.name")
     objective = make(config.objective, config.model)
-    return objective if isinstance(objective, Objective) else Objective(objective)
+    objective = objective if isinstance(objective, Objective) else Objective(objective)
+    return with_routing(objective, config.model)

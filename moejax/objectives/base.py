@@ -14,20 +14,39 @@ from moejax.config.registry import Registry
 OBJECTIVES: Registry[Callable] = Registry("objective")
 
 
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """A value that is no ratio of two sums, but a function of many.
+
+    Attributes:
+      name: of the value.
+      coefficient: of the value in the total; 0 where it is only logged.
+      function: ``LossSums.statistics -> scalar``.
+    """
+
+    name: str
+    coefficient: float
+    function: Callable[[dict[str, Any]], jax.Array]
+
+
 @struct.dataclass
 class LossSums:
     """Named sums with the weights to divide them by, all float32 scalars (or wider).
 
-    ``coefficients`` names the terms that are trained; the others are only logged.
+    ``coefficients`` names the terms that are trained; the others are only logged. ``statistics``
+    are sums of any shape, of which ``derived`` makes further terms: they too are the same however
+    a batch is cut into microbatches.
     """
 
     # Any, not Array: tree functions rebuild this class with leaves of other kinds.
     sums: dict[str, Any]
     weights: dict[str, Any]
     coefficients: tuple[tuple[str, float], ...] = struct.field(pytree_node=False)
+    statistics: dict[str, Any] = struct.field(default_factory=dict)
+    derived: tuple[Derived, ...] = struct.field(pytree_node=False, default=())
 
     def __add__(self, other: "LossSums") -> "LossSums":
-        assert self.coefficients == other.coefficients
+        assert self.coefficients == other.coefficients and self.derived == other.derived
         return jax.tree.map(jnp.add, self, other)
 
     def mean(self, name: str) -> jax.Array:
@@ -40,7 +59,14 @@ class LossSums:
 
     def total(self) -> jax.Array:
         """The scalar to minimise."""
-        return sum((c * self.mean(name) for name, c in self.coefficients), jnp.zeros(()))
+        terms = [c * self.mean(name) for name, c in self.coefficients]
+        terms += [
+            d.coefficient * d.function(self.statistics) for d in self.derived if d.coefficient
+        ]
+        return sum(terms, jnp.zeros(()))
+
+    def derived_values(self) -> dict[str, jax.Array]:
+        return {derived.name: derived.function(self.statistics) for derived in self.derived}
 
 
 def _as_it_is(batch: dict, rng: jax.Array) -> dict:

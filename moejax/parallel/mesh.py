@@ -1,6 +1,7 @@
 """The device mesh of a config."""
 
 import math
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -55,7 +56,19 @@ def check_mesh(config: Config, device_count: int) -> tuple[int, ...]:
     width = getattr(config.model, "d_model", None)
     if width is not None and width % sizes["fsdp"]:
         raise UserError(f"mesh.fsdp={sizes['fsdp']}: does not divide model.d_model={width}")
+    for experts in _expert_counts(config.model):
+        if experts % sizes["expert"]:
+            raise UserError(
+                f"mesh.expert={sizes['expert']}: does not divide model.moe.num_experts={experts}"
+            )
     return shape
+
+
+def _expert_counts(model: Any) -> set[int]:
+    """Experts with weights in each kind of block that has some."""
+    if getattr(model, "moe", None) is None:
+        return set()
+    return {model.for_block(kind)[1].moe.pool for kind in model.block_kinds()} - {0}
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:

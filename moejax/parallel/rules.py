@@ -12,6 +12,8 @@ RULES: dict[str, str | None] = {
     axes.LAYERS: None,
     # Towers are few (2 or 3) and each device holds tokens of all of them.
     axes.MODALITY: None,
+    # Each device keeps a part of the experts, and gathers the others before use.
+    axes.EXPERT: "expert",
     # The one axis that every weight has: sharded for memory, gathered before use.
     axes.EMBED: "fsdp",
     axes.MLP: None,

@@ -131,6 +131,8 @@ class Router:
       causal_rules: what ``causal_rule`` may be: how a router that is not causal chooses when it
         does not train. "none" says: no other way than in training.
       columns: (number of experts, options) -> columns of the logits.
+      choices: (number of experts, all options) -> how many a token chooses on average, or at the
+        most where that depends on the token; for the accounting of FLOPs.
       check: (number of experts to choose from, all options) -> None; UserError for values that
         cannot be (:func:`moejax.routing.checks.require_option`).
     """
@@ -139,6 +141,9 @@ class Router:
     causal: bool = True
     causal_rules: tuple[str, ...] = ()
     columns: Callable[[int, Mapping[str, Any]], int] = lambda experts, options: experts
+    choices: Callable[[int, Mapping[str, Any]], float] = lambda experts, options: options.get(
+        "top_k", options.get("capacity_factor", 1)
+    )
     check: Callable[[int, Mapping[str, Any]], None] = lambda experts, options: None
 
     def defaults(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from flax.core import meta
 from moejax import axes
 
 # Axes that count parameters of one kind; the rest are the shape of a single parameter.
-GROUP_AXES = (axes.LAYERS, axes.MODALITY)
+GROUP_AXES = (axes.LAYERS, axes.MODALITY, axes.EXPERT)
 
 
 def path_name(path) -> str:
@@ -50,6 +50,11 @@ def own_axes(leaf: Any) -> tuple[int, ...]:
 def modality_axis(leaf: Any) -> int | None:
     names = axis_names(leaf)
     return names.index(axes.MODALITY) if axes.MODALITY in names else None
+
+
+def expert_axis(leaf: Any) -> int | None:
+    names = axis_names(leaf)
+    return names.index(axes.EXPERT) if axes.EXPERT in names else None
 
 
 def towers_of(name: str, leaf: Any, modalities: tuple[str, ...]) -> tuple[str, ...]:

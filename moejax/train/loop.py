@@ -370,6 +370,9 @@ def row_values(sums: StepMetrics, sources: Sequence[str] = ()) -> dict[str, floa
             shown = names.get(name, name)
             key = f"train/loss/{shown}" if modality == name else f"train/accuracy/{modality}"
             values[key] = float(sums.losses.sums[name] / weight)
+    if sums.steps > 0:
+        derived = sums.losses.derived_values()
+        values.update({f"train/{name}": float(value) for name, value in derived.items()})
     values["train/learning_rate"] = float(sums.learning_rate)
     values["train/skipped"] = int(sums.skipped)
     return values

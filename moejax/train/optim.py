@@ -10,6 +10,7 @@ import optax
 
 from moejax.config.schema import Config, OptimConfig
 from moejax.errors import UserError
+from moejax.train.balance import controlled_rules
 from moejax.train.freeze import freeze_masks, trainable
 from moejax.train.leaves import is_box, named_leaves, nearest_names, own_axes, path_name
 from moejax.train.optimizers import OPTIMIZERS, Schedule
@@ -50,7 +51,8 @@ def make_optimizer(config: Config, params: Any) -> Optimizer:
     """
     optim = config.optim
     schedule = make_schedule(optim, config.train.steps)
-    frozen = freeze_masks(params, optim.freeze, getattr(config.model, "modalities", ()))
+    rules = (*optim.freeze, *controlled_rules(params))
+    frozen = freeze_masks(params, rules, getattr(config.model, "modalities", ()))
     inner = _grouped(optim, schedule, trainable(frozen, params))
     if optim.clip_norm > 0:
         inner = optax.chain(optax.clip_by_global_norm(optim.clip_norm), inner)

@@ -17,9 +17,8 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: [] int32, steps done, skipped ones included; the batch of a step is a function of it.
-      params: the parameters.
+      params: the parameters, those that no gradient moves among them (biases of routers).
       opt_state: the state of the optax transform.
-      layer_state: state of layers that is no parameter (router biases); empty for most models.
       ema: moving average of the parameters, or ``{}`` when ``optim.ema_decay`` is 0.
       rng: key data; the key of a step is this one with the step folded in, so it never changes.
       skipped: [] int32, steps left out because their loss or gradient was not finite.
@@ -29,7 +28,6 @@ class TrainState(flax.struct.PyTreeNode):
     step: jax.Array
     params: Any
     opt_state: Any
-    layer_state: Any
     ema: Any
     rng: jax.Array
     skipped: jax.Array
@@ -90,7 +88,6 @@ def state_recipe(model, config, mesh: jax.sharding.Mesh, sample_batch: dict) -> 
             params=params,
             # The boxes are pytree nodes, so moments inherit the names of their parameter.
             opt_state=optimizer.transform.init(params),
-            layer_state={},
             ema=params if config.optim.ema_decay > 0 else {},
             rng=jax.random.key_data(jax.random.fold_in(key, 1)),
             skipped=zero,

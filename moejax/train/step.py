@@ -1,5 +1,6 @@
 """One optimizer step: loss, accumulation, guard against non-finite values, moving average."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.parallel.mesh import batch_sharding
+from moejax.train.balance import controlled, make_controller
 from moejax.train.freeze import combine, trainable
 from moejax.train.optim import Optimizer
 from moejax.train.state import TrainState
@@ -43,35 +45,40 @@ class StepMetrics(flax.struct.PyTreeNode):
 
 
 def make_loss(model, objective, accumulation_steps: int, mesh: jax.sharding.Mesh) -> Callable:
-    """``loss(params, batch, key) -> (scalar, LossSums)`` of one whole batch.
+    """``loss(params, batch, key, step) -> (scalar, LossSums)`` of one whole batch.
 
     With accumulation the scalar is formed once, from the sums of all microbatches, and only then
     differentiated: equal to the big batch for any loss that is a ratio of sums, also when the
     microbatches hold different numbers of targets.
     """
+    # Models whose layers do not change in the course of training need not take it.
+    takes_step = "step" in inspect.signature(type(model).__call__).parameters
 
-    def sums(params, batch, key):
+    def sums(params, batch, key, step):
         model_key, objective_key, batch_key = jax.random.split(key, 3)
         batch = objective.prepare(batch, batch_key)
-        outputs = model.apply({"params": params}, batch, train=True, rngs={"dropout": model_key})
+        options = {"train": True, "rngs": {"dropout": model_key}}
+        if takes_step:
+            options["step"] = step
+        outputs = model.apply({"params": params}, batch, **options)
         # Named for the profiler; the parts of the model are named by their modules.
         with jax.named_scope("objective"):
             return objective(outputs, batch, objective_key)
 
-    def loss(params, batch, key):
+    def loss(params, batch, key, step):
         if accumulation_steps == 1:
-            total = sums(params, batch, key)
+            total = sums(params, batch, key, step)
             return total.total(), total
         microbatches = split_batch(batch, accumulation_steps, mesh)
         first = jax.tree.map(lambda x: x[0], microbatches)
-        shapes = jax.eval_shape(sums, params, first, key)
+        shapes = jax.eval_shape(sums, params, first, key, step)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
         # Without the checkpoint the scan would keep the activations of every microbatch.
         @jax.checkpoint
         def body(total, inputs):
             index, microbatch = inputs
-            return total + sums(params, microbatch, jax.random.fold_in(key, index)), None
+            return total + sums(params, microbatch, jax.random.fold_in(key, index), step), None
 
         total, _ = jax.lax.scan(body, zeros, (jnp.arange(accumulation_steps), microbatches))
         return total.total(), total
@@ -100,9 +107,11 @@ def make_train_step(
 
     A step whose loss or gradient norm is not finite changes nothing but ``step``, ``skipped`` and
     ``skipped_in_row``; the schedule then does not advance either. What ``optim.freeze`` names is
-    neither differentiated nor changed (moejax.train.freeze).
+    neither differentiated nor changed (moejax.train.freeze). Biases of routers are moved by their
+    controller, from the counts of the whole batch (moejax.train.balance).
     """
     loss = make_loss(model, objective, config.optim.accumulation_steps, mesh)
+    control = make_controller(config)
     ema_decay = config.optim.ema_decay
     frozen = optimizer.frozen
 
@@ -110,7 +119,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
 
         def loss_of(free):
-            return loss(combine(frozen, state.params, free), batch, key)
+            return loss(combine(frozen, state.params, free), batch, key, state.step)
 
         free = trainable(frozen, state.params)
         (value, sums), grads = jax.value_and_grad(loss_of, has_aux=True)(free)
@@ -119,11 +128,14 @@ def make_train_step(
             good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
             updates, opt_state = optimizer.transform.update(grads, state.opt_state, free)
             params = combine(frozen, state.params, optax.apply_updates(free, updates))
+            params = control(params, sums.statistics)
             updated = state.replace(params=params, opt_state=opt_state)
             if ema_decay > 0:
                 applied = state.step - state.skipped
                 average = moving_average(state.ema, params, ema_decay, applied)
-                updated = updated.replace(ema=combine(frozen, state.ema, average))
+                updated = updated.replace(
+                    ema=controlled(params, combine(frozen, state.ema, average))
+                )
             kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), updated, state)
         new_state = kept.replace(
             step=state.step + 1,

@@ -1,0 +1,183 @@
+"""The group ``model.moe`` of a config: experts, and the way to them (moejax/nn/moe.py)."""
+
+import dataclasses
+
+from moejax.config.checks import require, require_one_of
+from moejax.config.options import Options
+
+# The parameter of a router that its controller moves: the last part of its path.
+SELECT_BIAS = "select_bias_e"
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """A router (moejax.routing) by name; ``options`` are the keyword arguments of its function."""
+
+    name: str = "top_k"
+    options: Options = dataclasses.field(default_factory=Options)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """How a token's logits come about (moejax/routing/scores.py)."""
+
+    name: str = "linear"
+    # A weight of its own for each modality.
+    per_modality: bool = False
+    # G_l = W x + W_g G_{l-1}: the logits of the layer before take part.
+    gating_residual: bool = False
+    options: Options = dataclasses.field(default_factory=Options)
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterLossConfig:
+    """A loss of the routing (moejax/routing/losses.py), added once for each layer of experts."""
+
+    name: str = ""
+    coefficient: float = 0.01
+    options: Options = dataclasses.field(default_factory=Options)
+
+
+@dataclasses.dataclass(frozen=True)
+class BalanceConfig:
+    """A controller of the bias that takes part in the choice (moejax/routing/balance.py)."""
+
+    name: str = "none"
+    rate: float = 1e-3
+    options: Options = dataclasses.field(default_factory=Options)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A layer of experts, wherever the config's blocks have one."""
+
+    # Experts with weights; 0: none, and no block may ask for them.
+    num_experts: int = 0
+    # Experts of a token, for routers that choose a number of them.
+    top_k: int = 2
+    # Hidden width of an expert; 0 takes model.ffn_hidden.
+    hidden: int = 0
+    activation: str = "swiglu"
+    # Experts without a matmul, numbered after those with weights: nothing, the input, and a mixture
+    # of the input with a learned vector.
+    zero_experts: int = 0
+    copy_experts: int = 0
+    constant_experts: int = 0
+    # Hidden width of what every token runs beside its experts: shared experts, or a dense MLP.
+    shared_hidden: int = 0
+    # 0: shared experts are simply added; n: they are n, and their weights compete with the others'.
+    shared_competing: int = 0
+    score: ScoreConfig = dataclasses.field(default_factory=ScoreConfig)
+    router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
+    # For each modality the experts that it may choose; () lets all choose all.
+    allowed: tuple[tuple[int, ...], ...] = ()
+    # Sequences that are routed together, where a router compares tokens; 0: the whole batch.
+    routing_group: int = 1
+    # Who is dropped where more tokens choose an expert than it has places: "none", the last
+    # ("order"), the tokens or the choices of the lowest weight ("priority", "weight"), or those who
+    # find no place elsewhere ("recycle").
+    capacity: str = "none"
+    # Places of all experts over choices of all tokens.
+    capacity_factor: float = 1.25
+    # Places of an expert with weights over those of one without.
+    capacity_tau: float = 1.0
+    # 0 takes capacity_factor.
+    eval_capacity_factor: float = 0.0
+    # How the experts are run: "dropless", "capacity" (buffers), "dense" (each on every token).
+    dispatch: str = "dropless"
+    losses: tuple[RouterLossConfig, ...] = ()
+    balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
+    # Times that a layer's experts are run one after the other, each time with a router of its own.
+    iterations: int = 1
+    # Layers in a row that share their experts; each has a router over all of them.
+    pool_layers: int = 1
+    # Steps over which the experts of the pool's other layers are let in (first, last).
+    pool_steps: tuple[int, int] = (0, 0)
+    # A second router that learns what the first one, which sees all tokens, will choose.
+    causal_router: bool = False
+    # Experts see their input times top_k.
+    scale_input: bool = False
+    # All experts begin with the same weights.
+    equal_init: bool = False
+
+    def __post_init__(self):
+        counts = (
+            "num_experts",
+            "hidden",
+            "zero_experts",
+            "copy_experts",
+            "constant_experts",
+            "shared_hidden",
+            "shared_competing",
+            "routing_group",
+        )
+        for name in counts:
+            value = getattr(self, name)
+            require(value >= 0, f"model.moe.{name}", f"must not be negative, got {value}")
+        for name in ("top_k", "iterations", "pool_layers"):
+            value = getattr(self, name)
+            require(value > 0, f"model.moe.{name}", f"must be positive, got {value}")
+        require_one_of(self.activation, ("swiglu", "gelu"), "model.moe.activation")
+        policies = ("none", "order", "priority", "weight", "recycle")
+        require_one_of(self.capacity, policies, "model.moe.capacity")
+        require(
+            self.capacity_factor > 0,
+            "model.moe.capacity_factor",
+            f"must be positive, got {self.capacity_factor}; model.moe.capacity=none drops nobody",
+        )
+        require(self.capacity_tau > 0, "model.moe.capacity_tau", "must be positive")
+        require(
+            self.eval_capacity_factor >= 0, "model.moe.eval_capacity_factor", "must not be negative"
+        )
+        require_one_of(self.dispatch, ("dropless", "capacity", "dense"), "model.moe.dispatch")
+        require(
+            self.dispatch != "capacity" or self.capacity != "none",
+            "model.moe.dispatch",
+            "buffers need a model.moe.capacity: order, priority, weight or recycle",
+        )
+        require_one_of(self.balance.name, ("none", "sign", "increment"), "model.moe.balance.name")
+        require(self.balance.rate >= 0, "model.moe.balance.rate", "must not be negative")
+        require(
+            not self.shared_competing or self.shared_hidden % self.shared_competing == 0,
+            "model.moe.shared_competing",
+            f"{self.shared_competing} does not divide model.moe.shared_hidden={self.shared_hidden}",
+        )
+        for i, loss in enumerate(self.losses):
+            require(loss.name != "", f"model.moe.losses[{i}].name", "names no loss")
+        names = [loss.name for loss in self.losses]
+        require(len(set(names)) == len(names), "model.moe.losses", f"one comes twice: {names}")
+        require(
+            self.pool_layers == 1
+            or not (self.zero_experts or self.copy_experts or self.constant_experts),
+            "model.moe.pool_layers",
+            "layers that share experts have no experts without weights",
+        )
+
+    @property
+    def pool(self) -> int:
+        """Experts with weights that a token can be sent to."""
+        return self.num_experts * self.pool_layers
+
+    @property
+    def weightless(self) -> int:
+        return self.zero_experts + self.copy_experts + self.constant_experts
+
+    @property
+    def columns(self) -> int:
+        """Everything a router chooses from."""
+        return self.pool + self.weightless + self.shared_competing
+
+    def check_modalities(self, modalities: tuple[str, ...]) -> None:
+        """UserError unless ``allowed`` names, for each modality, experts that there are."""
+        if not self.allowed:
+            return
+        require(
+            len(self.allowed) == len(modalities),
+            "model.moe.allowed",
+            f"needs the experts of each of {len(modalities)} modalities, got {len(self.allowed)}",
+        )
+        choices = self.pool + self.weightless
+        for name, ids in zip(modalities, self.allowed, strict=True):
+            require(len(ids) > 0, "model.moe.allowed", f"no expert is allowed for {name!r}")
+            bad = [i for i in ids if not 0 <= i < choices]
+            require(not bad, "model.moe.allowed", f"{name!r}: no expert {bad} of {choices}")

@@ -1,0 +1,372 @@
+"""A layer of experts: parameters of scores, experts and controllers around pure functions.
+
+score -> router (a plan) -> capacity -> experts (dispatch) + experts without weights + shared ones.
+The plan is made outside of ``shard_map``, from all tokens of a routing group wherever they lie;
+experts are run inside it, on each device's own tokens.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moejax import axes
+from moejax.config.checks import require
+from moejax.config.moe import SELECT_BIAS, MoEConfig
+from moejax.config.schema import DecoderConfig
+from moejax.experts.activations import activate
+from moejax.experts.kinds import weightless_output
+from moejax.experts.mlp import expert_mlp
+from moejax.experts.soft import soft_mlp
+from moejax.nn.context import Context
+from moejax.nn.layers import fan_in_normal, param_dtype, partitioned
+from moejax.parallel.local import run_local
+from moejax.routing import (
+    ROUTER_LOSSES,
+    ROUTERS,
+    SCORES,
+    RouterInputs,
+    RoutingPlan,
+    SoftPlan,
+    allowed_experts,
+    check_router,
+    heterogeneous_capacity,
+    limit_capacity,
+    pool_mask,
+    routing_statistics,
+)
+
+# What the layer's key is folded with for all that routing draws.
+_DRAW = 16
+
+
+class ExpertWeights(NamedTuple):
+    """MLPs side by side: [e, d, 2f] (gate, then up; [e, d, f] for gelu) and [e, f, d]."""
+
+    wi_edf: jax.Array
+    wo_efd: jax.Array
+
+
+class Experts(nn.Module):
+    """The weights of ``num`` experts."""
+
+    config: DecoderConfig
+    num: int
+
+    @nn.compact
+    def __call__(self) -> ExpertWeights:
+        cfg, moe = self.config, self.config.moe
+        d, f = cfg.d_model, moe.hidden or max(cfg.ffn_hidden)
+        wide = 2 * f if moe.activation == "swiglu" else f
+        draw = fan_in_normal((1,))
+        init = _repeat_first(draw) if moe.equal_init else draw
+        into = (axes.EXPERT, axes.EMBED, axes.MLP)
+        out = (axes.EXPERT, axes.MLP, axes.EMBED)
+        dtype = param_dtype(cfg)
+        return ExpertWeights(
+            self.param("wi_edf", partitioned(init, *into), (self.num, d, wide), dtype),
+            self.param("wo_efd", partitioned(init, *out), (self.num, f, d), dtype),
+        )
+
+
+def _repeat_first(init):
+    def equal(key, shape, dtype):
+        return jnp.broadcast_to(init(key, (1, *shape[1:]), dtype), shape)
+
+    return equal
+
+
+class MoE(nn.Module):
+    """``y = sum_k w_k E_{i_k}(x) + shared(x)`` by the group ``model.moe`` of the config.
+
+    With ``iterations`` C the experts are run C times, each time on the result of the time before
+    with a router of its own: ``x_c = x_{c-1} + MoE_c(x_{c-1})``, of which ``x_C - x_0`` is returned
+    (arXiv 2506.18945 writes ``x_C``; the block adds its own residual, so C = 1 is one layer).
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x_btd: jax.Array, carry: dict, ctx: Context):
+        """Returns (output [b, t, d], carry, aux).
+
+        ``carry["router_logits"]`` [b, t, e] are those of the layer before, where scores use them.
+        """
+        cfg, moe = self.config, self.config.moe
+        if ctx.pool is None:
+            weights = Experts(cfg, moe.num_experts, name="experts")()
+        else:
+            weights = ctx.pool
+        shared, constants = self._shared_weights(), self._constant_weights()
+        begin, aux = x_btd, {}
+        for i in range(moe.iterations):
+            name = f"router_{i}" if i else "router"
+            plan, inputs, carry = Routing(cfg, name=name)(x_btd, carry, ctx)
+            if isinstance(plan, SoftPlan):
+                out = self._run_soft(plan, weights, x_btd)
+            else:
+                out = self._run(plan, weights, constants, x_btd, ctx)
+            if shared is not None:
+                out = out + self._run_shared(plan, shared, x_btd)
+            aux[name] = routing_aux(moe, plan, inputs, ctx)
+            x_btd = x_btd + out if moe.iterations > 1 else out
+        return (x_btd - begin if moe.iterations > 1 else x_btd), carry, aux
+
+    def _shared_weights(self) -> ExpertWeights | None:
+        """The MLP that every token runs; n competing experts are n parts of its width."""
+        cfg, moe = self.config, self.config.moe
+        if not moe.shared_hidden:
+            return None
+        num, d = max(1, moe.shared_competing), cfg.d_model
+        f = moe.shared_hidden // num
+        wide = 2 * f if moe.activation == "swiglu" else f
+        into = partitioned(fan_in_normal((1,)), None, axes.EMBED, axes.MLP)
+        out = partitioned(fan_in_normal((1,)), None, axes.MLP, axes.EMBED)
+        return ExpertWeights(
+            self.param("shared_wi_edf", into, (num, d, wide), param_dtype(cfg)),
+            self.param("shared_wo_efd", out, (num, f, d), param_dtype(cfg)),
+        )
+
+    def _constant_weights(self) -> tuple[jax.Array, jax.Array] | None:
+        """Of each constant expert the map to its two weights, and its vector."""
+        num, d = self.config.moe.constant_experts, self.config.d_model
+        if not num:
+            return None
+        dtype = param_dtype(self.config)
+        gate = partitioned(fan_in_normal((1,)), None, axes.EMBED, None)
+        vector = partitioned(nn.initializers.normal(1.0), None, axes.EMBED)
+        return (
+            self.param("constant_gate_edk", gate, (num, d, 2), dtype),
+            self.param("constant_ed", vector, (num, d), dtype),
+        )
+
+    def _run_soft(self, plan: SoftPlan, weights: ExpertWeights, x_btd):
+        groups, n = plan.dispatch.shape[:2]
+        dtype = x_btd.dtype
+        out = soft_mlp(
+            x_btd.reshape(groups, n, -1),
+            plan.dispatch.astype(dtype),
+            plan.combine.astype(dtype),
+            weights.wi_edf.astype(dtype),
+            weights.wo_efd.astype(dtype),
+            self.config.moe.activation,
+        )
+        return out.reshape(x_btd.shape)
+
+    def _run(self, plan: RoutingPlan, weights: ExpertWeights, constants, x_btd, ctx: Context):
+        cfg, moe = self.config, self.config.moe
+        b, t, d = x_btd.shape
+        dtype, groups = x_btd.dtype, plan.expert_ids.shape[0]
+        ids, gates = plan.expert_ids.reshape(b, t, -1), plan.weights.reshape(b, t, -1)
+        seen = x_btd * moe.top_k if moe.scale_input else x_btd
+
+        def local(x, ids, gates, wi, wo):
+            tokens = x.shape[0] * x.shape[1]
+            # Of the groups that lie here, whole or in part.
+            here = max(1, -(-groups * x.shape[0] // b))
+            rows = None if plan.max_choices is None else plan.max_choices * here
+            buffer = None
+            if moe.dispatch == "capacity":
+                buffer = min(here * max(places_of(moe, b * t // groups, ctx.train)), tokens)
+            return expert_mlp(
+                x.reshape(tokens, d),
+                wi.astype(dtype),
+                wo.astype(dtype),
+                ids.reshape(tokens, -1),
+                gates.reshape(tokens, -1),
+                activation=moe.activation,
+                dispatch=moe.dispatch,
+                capacity=buffer,
+                max_rows=rows,
+                backend=cfg.kernel_backend,
+            ).reshape(x.shape)
+
+        out = run_local(local, (seen, ids, gates), tuple(weights))
+        if moe.weightless:
+            vectors = () if constants is None else (w.astype(dtype) for w in constants)
+            out = out + weightless_output(
+                seen,
+                ids - moe.pool,
+                gates.astype(dtype),
+                moe.zero_experts,
+                moe.copy_experts,
+                *vectors,
+            )
+        return out
+
+    def _run_shared(self, plan: RoutingPlan | SoftPlan, shared: ExpertWeights, x_btd):
+        wi_edf, wo_efd = (weight.astype(x_btd.dtype) for weight in shared)
+        hidden = jnp.einsum("btd,edf->btef", x_btd, wi_edf)
+        hidden = activate(hidden, self.config.moe.activation)
+        if isinstance(plan, RoutingPlan) and plan.shared_weights is not None:
+            weights = plan.shared_weights.reshape(*hidden.shape[:3], 1)
+            hidden = hidden * weights.astype(hidden.dtype)
+        return jnp.einsum("btef,efd->btd", hidden, wo_efd)
+
+
+class Routing(nn.Module):
+    """From tokens to a plan: the parameters of the score and of the causal router, the bias."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x_btd: jax.Array, carry: dict, ctx: Context):
+        """Returns (plan, the inputs that it was made of, carry)."""
+        cfg, moe = self.config, self.config.moe
+        b, t, d = x_btd.shape
+        router = ROUTERS.get(moe.router.name, field="model.moe.router.name")
+        options = router_options(moe)
+        columns = router.columns(moe.columns, options)
+        group = lambda values: values.reshape(groups, b * t // groups, *values.shape[2:])
+        groups = b // moe.routing_group if moe.routing_group and b % moe.routing_group == 0 else 1
+
+        previous = carry.get("router_logits")
+        logits = self._score(group(x_btd), group(ctx.modality_bt), previous, columns, group)
+        if moe.score.gating_residual:
+            carry = {**carry, "router_logits": logits.reshape(b, t, -1)}
+        bias_e = None
+        if moe.balance.name != "none":
+            zeros = partitioned(nn.initializers.zeros, None)
+            bias_e = self.param(SELECT_BIAS, zeros, (columns,), param_dtype(cfg))
+            bias_e = jax.lax.stop_gradient(bias_e)
+        # Another key than those of dropout.
+        rng = None if ctx.rng is None else jax.random.fold_in(ctx.rng, _DRAW)
+        inputs = RouterInputs(
+            logits=logits,
+            valid=group(ctx.valid_bt),
+            modality=group(ctx.modality_bt),
+            token_ids=group(ctx.tokens_bt),
+            allowed=self._allowed(group(ctx.modality_bt), ctx, columns, rng),
+            select_bias=bias_e,
+            causal_logits=self._causal(group(x_btd), columns) if moe.causal_router else None,
+            rng=rng,
+            step=ctx.step,
+            num_ffn=moe.pool,
+            num_zero=moe.zero_experts,
+            num_shared=moe.shared_competing,
+            num_modalities=len(cfg.modalities),
+            sequences=b // groups,
+            train=ctx.train,
+        )
+        plan = router.function(inputs, **options)
+        if moe.capacity != "none":
+            places = places_of(moe, b * t // groups, ctx.train)
+            plan = limit_capacity(plan, inputs, places, moe.capacity, rng)
+        return plan, inputs, carry
+
+    def _score(self, x_snd, modality_sn, previous_bte, columns: int, group):
+        cfg, moe = self.config, self.config.moe
+        score = SCORES.get(moe.score.name, field="model.moe.score.name")
+        modalities = len(cfg.modalities) if moe.score.per_modality else 1
+        shapes = score.shapes(x_snd.shape[-1], columns, modalities, **moe.score.options)
+        params = {}
+        for name, (shape, init) in shapes.items():
+            names = (axes.MODALITY, *(None,) * (len(shape) - 1))
+            params[name] = self.param(name, partitioned(init, *names), shape, param_dtype(cfg))
+        logits = score.apply(params, x_snd, modality_sn, **moe.score.options)
+        if moe.score.gating_residual:
+            residual_ee = self.param(
+                "residual_router_ee",
+                partitioned(nn.initializers.zeros, None, None),
+                (columns, columns),
+                param_dtype(cfg),
+            )
+            if previous_bte is not None:
+                logits = logits + group(previous_bte) @ residual_ee.astype(logits.dtype)
+        return logits
+
+    def _causal(self, x_snd, columns: int):
+        """``silu(x W1) W2``, without a gradient to the tokens (arXiv 2407.21770, section 3)."""
+        d, dtype = x_snd.shape[-1], param_dtype(self.config)
+        wi_df = self.param(
+            "causal_router_wi_df",
+            partitioned(fan_in_normal((0,)), axes.EMBED, None),
+            (d, d // 2),
+            dtype,
+        )
+        wo_fe = self.param(
+            "causal_router_wo_fe",
+            partitioned(fan_in_normal((0,)), None, None),
+            (d // 2, columns),
+            dtype,
+        )
+        x_snd = jax.lax.stop_gradient(x_snd).astype(dtype)
+        hidden = nn.silu(jnp.einsum("snd,df->snf", x_snd, wi_df))
+        return jnp.einsum("snf,fe->sne", hidden, wo_fe)
+
+    def _allowed(self, modality_sn, ctx: Context, columns: int, rng):
+        """Which experts each token may choose [s, n, e]; None where all may choose all."""
+        moe = self.config.moe
+        allowed = None
+        if moe.allowed:
+            table = [
+                [i in ids or i >= moe.pool + moe.weightless for i in range(columns)]
+                for ids in moe.allowed
+            ]
+            allowed = allowed_experts(jnp.asarray(table), modality_sn)
+        if moe.pool_layers > 1 and moe.pool_steps[1] > 0 and ctx.step is not None:
+            layers, own = moe.pool_layers, ctx.pool_index
+            open_e = pool_mask(ctx.step, moe.num_experts, layers, own, moe.pool_steps, rng)
+            open_sne = jnp.broadcast_to(open_e, (*modality_sn.shape, columns))
+            allowed = open_sne if allowed is None else allowed & open_sne
+        return allowed
+
+
+def places_of(moe: MoEConfig, tokens: int, train: bool) -> tuple[int, ...]:
+    """Places of each expert, with weights or without, for a routing group of so many tokens."""
+    factor = moe.capacity_factor
+    if not train and moe.eval_capacity_factor:
+        factor = moe.eval_capacity_factor
+    return heterogeneous_capacity(
+        tokens, moe.top_k, factor, moe.pool, moe.weightless, moe.capacity_tau
+    )
+
+
+def router_options(moe: MoEConfig) -> dict[str, Any]:
+    """The options of the config's router; ``top_k`` is a field of its own."""
+    options = dict(moe.router.options)
+    if "top_k" in ROUTERS.get(moe.router.name, field="model.moe.router.name").defaults():
+        options["top_k"] = moe.top_k
+    return options
+
+
+def routing_aux(
+    moe: MoEConfig, plan: RoutingPlan | SoftPlan, inputs: RouterInputs, ctx: Context
+) -> dict:
+    """Sums over the tokens for losses and statistics; with ``ctx.record`` the choices as well."""
+    b, t = ctx.modality_bt.shape
+    if isinstance(plan, SoftPlan):
+        return {"statistics": routing_statistics(inputs, plan, inputs.num_modalities), "losses": {}}
+    aux: dict[str, Any] = {
+        "statistics": routing_statistics(inputs, plan, inputs.num_modalities),
+        "losses": {
+            loss.name: ROUTER_LOSSES.get(loss.name, field="model.moe.losses").statistics(
+                inputs, plan, **loss.options
+            )
+            for loss in moe.losses
+        },
+    }
+    if ctx.record:
+        aux["expert_ids"] = plan.expert_ids.reshape(b, t, -1)
+        aux["weights"] = plan.weights.reshape(b, t, -1)
+        aux["logits"] = inputs.logits.reshape(b, t, -1)
+    return aux
+
+
+def check_moe(config: DecoderConfig) -> None:
+    """UserError, by field, for what a layer of experts cannot be made of (a causal decoder)."""
+    moe = config.moe
+    require(
+        moe.num_experts > 0, "model.moe.num_experts", "must be positive where blocks have experts"
+    )
+    check_router(moe.router.name, router_options(moe), moe.columns, causal_model=True)
+    SCORES.get(moe.score.name, field="model.moe.score.name")
+    for loss in moe.losses:
+        ROUTER_LOSSES.get(loss.name, field="model.moe.losses")
+    rule = router_options(moe).get("causal_rule")
+    require(
+        rule != "aux_router" or moe.causal_router,
+        "model.moe.causal_router",
+        "causal_rule='aux_router' needs model.moe.causal_router=True",
+    )
