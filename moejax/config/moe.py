@@ -26,6 +26,8 @@ class ScoreConfig:
     per_modality: bool = False
     # G_l = W x + W_g G_{l-1}: the logits of the layer before take part.
     gating_residual: bool = False
+    # In training scores see tokens times U(1 - jitter, 1 + jitter).
+    jitter: float = 0.0
     options: Options = dataclasses.field(default_factory=Options)
 
 
@@ -126,6 +128,7 @@ class MoEConfig:
             f"must be positive, got {self.capacity_factor}; model.moe.capacity=none drops nobody",
         )
         require(self.capacity_tau > 0, "model.moe.capacity_tau", "must be positive")
+        require(0 <= self.score.jitter < 1, "model.moe.score.jitter", "must be in [0, 1)")
         require(
             self.eval_capacity_factor >= 0, "model.moe.eval_capacity_factor", "must not be negative"
         )

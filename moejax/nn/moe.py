@@ -32,6 +32,7 @@ from moejax.routing import (
     allowed_experts,
     check_router,
     heterogeneous_capacity,
+    jitter,
     limit_capacity,
     pool_mask,
     routing_statistics,
@@ -222,7 +223,12 @@ class Routing(nn.Module):
         groups = b // moe.routing_group if moe.routing_group and b % moe.routing_group == 0 else 1
 
         previous = carry.get("router_logits")
-        logits = self._score(group(x_btd), group(ctx.modality_bt), previous, columns, group)
+        # Other keys than those of dropout.
+        rng = None if ctx.rng is None else jax.random.fold_in(ctx.rng, _DRAW)
+        seen = group(x_btd)
+        if moe.score.jitter and ctx.train and rng is not None:
+            seen = jitter(jax.random.fold_in(rng, _DRAW), seen, moe.score.jitter)
+        logits = self._score(seen, group(ctx.modality_bt), previous, columns, group)
         if moe.score.gating_residual:
             carry = {**carry, "router_logits": logits.reshape(b, t, -1)}
         bias_e = None
@@ -230,8 +236,6 @@ class Routing(nn.Module):
             zeros = partitioned(nn.initializers.zeros, None)
             bias_e = self.param(SELECT_BIAS, zeros, (columns,), param_dtype(cfg))
             bias_e = jax.lax.stop_gradient(bias_e)
-        # Another key than those of dropout.
-        rng = None if ctx.rng is None else jax.random.fold_in(ctx.rng, _DRAW)
         inputs = RouterInputs(
             logits=logits,
             valid=group(ctx.valid_bt),
