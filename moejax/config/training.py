@@ -83,6 +83,9 @@ class TrainConfig:
     init_broadcast: bool = False
     # ((tower here, tower there), ...), by modality; the others take the tower of their own name.
     init_towers: tuple[tuple[str, str], ...] = ()
+    # For each expert here which row it begins as: of the experts there, or (with init_rename) of
+    # the towers of an MLP. (0, 0, 1, 1) copies each of two twice.
+    init_experts: tuple[int, ...] = ()
     # A jax.profiler trace of profile_steps steps from profile_start on; 0 steps: none.
     profile_start: int = 10
     profile_steps: int = 0
@@ -97,3 +100,5 @@ class TrainConfig:
                 message = f"{pair!r} is no pair; write \"(('a', 'b'),)\""
                 require(len(pair) == 2, f"train.{name}[{i}]", message)
         require_patterns((pair[0] for pair in self.init_rename), "train.init_rename")
+        for i, row in enumerate(self.init_experts):
+            require(row >= 0, f"train.init_experts[{i}]", f"must not be negative, got {row}")

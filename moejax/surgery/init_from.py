@@ -8,6 +8,9 @@ matched by the names of the modalities, so that the order and number of modaliti
 weight that is shared there can be repeated into every tower here (a dense model becomes a
 Mixture-of-Transformers; LMFusion, arXiv 2412.15188, begins its image tower as a copy of the text
 tower).
+
+The experts of a parameter with an expert axis can each begin as a row of what is there: of one MLP,
+of the MLPs of the modalities, or of fewer experts (upcycling; MoMa, arXiv 2407.21770, section 2.5).
 """
 
 import dataclasses
@@ -31,11 +34,13 @@ class Leaf:
       shape: its shape.
       modality_axis: which axis counts towers; None if none does.
       towers: the modality of each row of that axis; () if the modalities share one.
+      expert_axis: which axis counts experts; None if none does.
     """
 
     shape: tuple[int, ...]
     modality_axis: int | None = None
     towers: tuple[str, ...] = ()
+    expert_axis: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +60,12 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """How names and towers differ: ``train.init_rename``, ``init_broadcast``, ``init_towers``."""
+    """How names, towers and experts differ: the fields ``train.init_*`` of the same names."""
 
     rename: tuple[tuple[str, str], ...] = ()
     broadcast: bool = False
     towers: tuple[tuple[str, str], ...] = ()
+    experts: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +76,12 @@ class Load:
       source: its path there.
       rows: for each row of the modality axis the row there, or None where it stays as drawn. None
         for all of it: taken over as it is.
+      expert_axis: where it is given, rows are those of this axis.
     """
 
     source: str
     rows: tuple[int | None, ...] | None = None
+    expert_axis: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +131,11 @@ def plan(here: Mapping[str, Leaf], source: Source, rules: Rules, modalities=()) 
                 f"train.init_towers[{i}]: ({ours!r}, {theirs!r}) does nothing: no parameter of "
                 f"{source.label} that is loaded into this tower has towers; see init_broadcast"
             )
+    if rules.experts and all(load.expert_axis is None for load in loads.values()):
+        raise UserError(
+            f"train.init_experts: does nothing: no parameter of {len(rules.experts)} experts is "
+            f"loaded from {source.label}; see init_rename, or write a row for each expert"
+        )
     if not loads:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
         raise UserError(
@@ -157,8 +170,8 @@ def fill(
         if load.rows is None:
             filled[name] = there
             continue
-        axis = here[name].modality_axis
-        assert axis is not None, "only a modality axis has rows to choose"
+        axis = here[name].modality_axis if load.expert_axis is None else load.expert_axis
+        assert axis is not None, "only towers and experts are rows to choose"
         rows = [
             jax.lax.slice_in_dim(drawn[name], i, i + 1, axis=axis)
             if row is None
@@ -210,9 +223,12 @@ def _load(leaf: Leaf, name: str, source: Source, rules: Rules, used: set[str]) -
         return f"no {name} there"
     there, axis = source.shapes[name], leaf.modality_axis
     other = f"{_text(there)} there, {_text(leaf.shape)} here"
+    experts = leaf.expert_axis
+    if experts is not None and leaf.shape[experts] == len(rules.experts):
+        return _from_rows(leaf, name, source, rules) if _fits(leaf, there, experts) else other
     if axis is None or len(there) != len(leaf.shape):
         return Load(name) if there == leaf.shape else other
-    if there[:axis] + there[axis + 1 :] != leaf.shape[:axis] + leaf.shape[axis + 1 :]:
+    if not _fits(leaf, there, axis):
         return other
     size = there[axis]
     if size == 1:
@@ -232,6 +248,26 @@ def _load(leaf: Leaf, name: str, source: Source, rules: Rules, used: set[str]) -
     if set(rows) == {None}:
         return f"towers of {', '.join(source.modalities)} there, of {', '.join(leaf.towers)} here"
     return Load(name, rows)
+
+
+def _fits(leaf: Leaf, there: tuple[int, ...], axis: int) -> bool:
+    """Whether shapes differ in nothing but the size of ``axis``."""
+    without = lambda shape: (len(shape), *shape[:axis], *shape[axis + 1 :])
+    return without(there) == without(leaf.shape)
+
+
+def _from_rows(leaf: Leaf, name: str, source: Source, rules: Rules) -> Load:
+    """Each expert from the row there that ``train.init_experts`` says."""
+    axis = leaf.expert_axis
+    assert axis is not None
+    size = source.shapes[name][axis]
+    for i, row in enumerate(rules.experts):
+        if row >= size:
+            raise UserError(
+                f"train.init_experts[{i}]: {name} of {source.label} has no row {row}; "
+                f"it has {size}, counted from 0"
+            )
+    return Load(name, rules.experts, axis)
 
 
 def _from_one(leaf: Leaf, name: str, source: Source, rules: Rules) -> Load | str:

@@ -7,6 +7,7 @@
     --config.train.init_rename="(('^stack/segment_0', 'stack/segment_1'), ('^head_dv$', ''))"
     --config.train.init_broadcast=True                      # shared there, a tower each here
     --config.train.init_towers="(('image', 'text'),)"       # image here begins as text there
+    --config.train.init_experts="(0, 0, 1, 1)"              # experts here begin as these there
 
 ``init_rename`` rewrites the path of a parameter here (``re.sub``) into the one it has there; the
 first rule that is found counts, and a path that becomes empty is not loaded. The parameters are
@@ -21,11 +22,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.errors import UserError
 from moejax.surgery import init_from
 from moejax.train.checkpoint import Checkpoints, saved_steps
-from moejax.train.leaves import modality_axis, named_leaves, path_name, shape_of, towers_of
+from moejax.train.leaves import (
+    expert_axis,
+    modality_axis,
+    named_leaves,
+    path_name,
+    shape_of,
+    towers_of,
+)
 from moejax.train.progress import format_count
 from moejax.train.setup import Setup
 from moejax.train.state import StateRecipe, TrainState
@@ -64,9 +73,12 @@ class Start:
             wanted = {}
             for source, (name, *_) in readers.items():
                 target = targets[name]
-                # Only a modality axis can differ in size, and it is never split over devices.
+                # A modality axis can differ in size, and it is never split over devices. So can
+                # an expert axis, which then is read whole.
+                axis = self.plan.loads[name].expert_axis
+                sharding = target.sharding if axis is None else _whole(target.sharding, axis)
                 wanted[source] = jax.ShapeDtypeStruct(
-                    shapes[source], target.dtype, sharding=target.sharding
+                    shapes[source], target.dtype, sharding=sharding
                 )
             loaded = checkpoints.restore_params(self.step, wanted)
         finally:
@@ -129,14 +141,19 @@ def plan_start(setup: Setup, workdir: Path) -> Start | None:
     """
     train = setup.config.train
     if not train.init_from:
-        for name in ("init_rename", "init_broadcast", "init_towers"):
+        for name in ("init_rename", "init_broadcast", "init_towers", "init_experts"):
             if getattr(train, name):
                 raise UserError(f"train.{name}: needs train.init_from, a run to begin from")
         return None
     folder, step = _find(train.init_from, _begun_from(workdir))
     modalities = tuple(getattr(setup.config.model, "modalities", ()))
     here = {
-        name: init_from.Leaf(shape_of(leaf), modality_axis(leaf), towers_of(name, leaf, modalities))
+        name: init_from.Leaf(
+            shape_of(leaf),
+            modality_axis(leaf),
+            towers_of(name, leaf, modalities),
+            expert_axis(leaf),
+        )
         for name, leaf in named_leaves(setup.recipe.boxed).items()
     }
     checkpoints = Checkpoints(folder, read_only=True)
@@ -150,8 +167,17 @@ def plan_start(setup: Setup, workdir: Path) -> Start | None:
         shapes=shapes,
         modalities=tuple(record.get("model", {}).get("modalities", modalities)),
     )
-    rules = init_from.Rules(train.init_rename, train.init_broadcast, train.init_towers)
+    rules = init_from.Rules(
+        train.init_rename, train.init_broadcast, train.init_towers, train.init_experts
+    )
     return Start(folder, step, here, init_from.plan(here, source, rules, modalities))
+
+
+def _whole(sharding: NamedSharding, axis: int) -> NamedSharding:
+    """``sharding`` with ``axis`` on every device."""
+    parts = [part for i, part in enumerate(sharding.spec) if i != axis]
+    parts.insert(axis, None)
+    return NamedSharding(sharding.mesh, PartitionSpec(*parts))
 
 
 def _begun_from(workdir: Path) -> int | None:

@@ -133,6 +133,44 @@ def test_a_tower_can_begin_as_another():
         plan({"embedding_vd": Leaf((9, 4))}, DENSE, rules, TOWERS)
 
 
+def test_experts_begin_as_rows_of_what_is_there():
+    """Of fewer experts, of the towers of an MLP, or of the one MLP that all share."""
+    here = {"e/wi": Leaf((2, 4, 3, 6), expert_axis=1), "r": Leaf((2, 3, 4)), "s": Leaf((5,))}
+    rules = Rules(experts=(0, 0, 1, 1))
+    fewer = Source("seed@1", {"e/wi": (2, 2, 3, 6), "r": (2, 3, 2), "s": (5,)}, TOWERS)
+    made = plan(here, fewer, rules, TOWERS)
+    assert made.loads == {"e/wi": Load("e/wi", (0, 0, 1, 1), 1), "s": Load("s")}
+    assert made.skipped == {"r": "[2,3,2] there, [2,3,4] here"}
+    assert made.values == 2 * 4 * 3 * 6 + 5
+    towers = Source("mot@1", {"ffn/wi": (2, 2, 3, 6)}, TOWERS)
+    rename = (("^e/", "ffn/"),)
+    made = plan(here, towers, Rules(rename=rename, experts=(0, 1, 1, 0)), TOWERS)
+    assert made.loads == {"e/wi": Load("ffn/wi", (0, 1, 1, 0), 1)}
+    dense = Source("dense@1", {"ffn/wi": (2, 1, 3, 6)}, TOWERS)
+    made = plan(here, dense, Rules(rename=rename, experts=(0,) * 4), TOWERS)
+    assert made.loads == {"e/wi": Load("ffn/wi", (0,) * 4, 1)}
+
+    loaded = {"e/wi": np.arange(72.0).reshape(2, 2, 3, 6), "s": np.arange(5.0)}
+    drawn = {name: np.zeros(leaf.shape) for name, leaf in here.items()}
+    filled = fill(plan(here, fewer, rules, TOWERS), here, drawn, loaded)
+    np.testing.assert_array_equal(filled["e/wi"], np.repeat(loaded["e/wi"], 2, axis=1))
+
+
+def test_rows_of_experts_that_cannot_be_are_refused():
+    here = {"e/wi": Leaf((2, 4, 3), expert_axis=1), "s": Leaf((5,))}
+    there = Source("seed@1", {"e/wi": (2, 2, 3), "s": (5,)}, TOWERS)
+    # Without rows the experts are another number, and stay as they are drawn.
+    assert plan(here, there, Rules(), TOWERS).skipped == {"e/wi": "[2,2,3] there, [2,4,3] here"}
+    with pytest.raises(UserError, match=r"init_experts\[3\]: e/wi of seed@1 has no row 2;"):
+        plan(here, there, Rules(experts=(0, 0, 1, 2)), TOWERS)
+    for rows in ((0, 1), (0, 0, 0, 1, 1)):
+        with pytest.raises(UserError, match="init_experts: does nothing: no parameter of"):
+            plan(here, there, Rules(experts=rows), TOWERS)
+    other = Source("seed@1", {"e/wi": (2, 2, 7), "s": (5,)}, TOWERS)
+    with pytest.raises(UserError, match="init_experts: does nothing"):
+        plan(here, other, Rules(experts=(0, 0, 1, 1)), TOWERS)
+
+
 def test_fill_puts_each_row_in_its_place():
     here = {"w": untied(2, 3, 2, towers=(*TOWERS, "speech")), "a": Leaf((2,)), "b": Leaf((2,))}
     there = Source("mot@1", {"w": (2, 2, 2), "a": (2,)}, ("image", "text"))
