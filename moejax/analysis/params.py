@@ -177,7 +177,9 @@ def _idle(rows: tuple[ParamRow, ...], model: Any) -> float:
     for row in rows:
         if axes.EXPERT in row.axes:
             experts = row.shape[row.axes.index(axes.EXPERT)]
-            idle += row.size * max(0.0, 1 - moe.iterations * ffn_choices(moe) / experts)
+            # Layers that share their experts choose from them one after the other.
+            runs = moe.iterations * moe.pool_layers * ffn_choices(moe)
+            idle += row.size * max(0.0, 1 - runs / experts)
     return idle
 
 
