@@ -16,6 +16,7 @@ def update_bias(
     *,
     rate: float,
     num_ffn: int = 0,
+    num_shared: int = 0,
     ffn_share: float = 1.0,
     target_e: Float[Array, " e"] | None = None,
 ) -> Float[Array, " e"]:
@@ -29,10 +30,11 @@ def update_bias(
 
     Args:
       kind: "sign" or "increment".
-      bias_e: biases of the experts that a token chooses from.
+      bias_e: one for each column of the logits.
       counts_e: choices over the whole batch, before any capacity. Nothing changes where all are 0.
       rate: the step.
       num_ffn: experts with weights, the first ones; 0: all.
+      num_shared: shared experts, the last ones, which nobody chooses: their bias stays.
       ffn_share: the share of choices that they should have (K_e / K in the paper).
       target_e: for "sign", the count that each should have (:func:`fair_counts`).
     """
@@ -41,14 +43,14 @@ def update_bias(
             f"model.moe.balance.name: no controller {kind!r}{did_you_mean(kind, CONTROLLERS)}"
         )
     bias_e, counts_e = lax.stop_gradient((bias_e, counts_e))
-    total = counts_e.sum()
+    total, moved = counts_e.sum(), counts_e.shape[0] - num_shared
     if kind == "sign":
-        wanted = total / counts_e.shape[0] if target_e is None else lax.stop_gradient(target_e)
+        wanted = total / moved if target_e is None else lax.stop_gradient(target_e)
         step = jnp.sign(wanted - counts_e)
     else:
-        num_ffn = num_ffn or counts_e.shape[0]
-        short = ffn_share / num_ffn - counts_e / jnp.where(total > 0, total, 1)
-        step = jnp.where(jnp.arange(counts_e.shape[0]) < num_ffn, short, 0)
+        moved = num_ffn or moved
+        step = ffn_share / moved - counts_e / jnp.where(total > 0, total, 1)
+    step = jnp.where(jnp.arange(counts_e.shape[0]) < moved, step, 0)
     return bias_e + jnp.where(total > 0, rate * step, 0).astype(bias_e.dtype)
 
 

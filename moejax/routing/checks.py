@@ -3,9 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.config.checks import require
+from moejax.config.checks import require, require_one_of
 from moejax.errors import UserError
+from moejax.routing.losses import ROUTER_LOSSES
 from moejax.routing.plan import ROUTERS, check_options
+from moejax.routing.scores import SCORES
 
 FIELD = "model.moe.router"
 
@@ -72,3 +74,23 @@ def check_router(
         f"{FIELD}.options.causal_rule: {reason}; say how a decoder chooses without them: "
         f"{', '.join(router.causal_rules)}"
     )
+
+
+def check_score(name: str, options: Mapping[str, Any]) -> None:
+    """UserError, by the name of the field, unless there is such a score with such options."""
+    score = SCORES.get(name, field="model.moe.score.name")
+    _check_plain(f"score {name!r}", score, options, "model.moe.score.options")
+
+
+def check_router_loss(name: str, options: Mapping[str, Any], field: str) -> None:
+    """UserError unless there is such a loss with such options; ``field`` is the loss's own."""
+    loss = ROUTER_LOSSES.get(name, field=f"{field}.name")
+    _check_plain(f"router loss {name!r}", loss, options, f"{field}.options")
+
+
+def _check_plain(kind: str, entry: Any, options: Mapping[str, Any], field: str) -> None:
+    """Options of an entry that says the values of those that are names (``choices``)."""
+    check_options(kind, entry.defaults(), options, field)
+    for name, allowed in entry.choices.items():
+        if name in options:
+            require_one_of(options[name], allowed, f"{field}.{name}")

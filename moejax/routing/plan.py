@@ -157,6 +157,12 @@ def keyword_defaults(function: Callable) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
 
 
+def accepted(function: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``options`` that ``function`` takes by name, where several functions share them."""
+    names = keyword_defaults(function)
+    return {name: value for name, value in options.items() if name in names}
+
+
 ROUTERS: Registry[Router] = Registry("router")
 
 

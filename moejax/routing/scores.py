@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Bool, Float, Int
 
 from moejax.config.registry import Registry
-from moejax.routing.plan import keyword_defaults
+from moejax.routing.plan import accepted, keyword_defaults
 
 # Parameter name (with axis letters) -> (shape, initializer).
 Shapes = dict[str, tuple[tuple[int, ...], Callable]]
@@ -29,10 +30,12 @@ class Score:
       function: ``(params, x_snd, modality_sn, **options) -> logits [s, n, e]``.
       parameters: ``(d, e, m, **options) -> Shapes``; all have a leading axis m, which is 1 where
         one set of parameters serves every modality.
+      choices: the values that an option may have, for options that are names.
     """
 
     function: Callable[..., Array]
     parameters: Callable[..., Shapes]
+    choices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def defaults(self) -> dict[str, Any]:
         """The options and their default values."""
@@ -40,31 +43,38 @@ class Score:
 
     def shapes(self, d: int, e: int, m: int = 1, **options: Any) -> Shapes:
         """Parameters for width d, e columns of logits, and m modalities (1: shared by all)."""
-        return self.parameters(d, e, m, **_accepted(self.parameters, options))
+        return self.parameters(d, e, m, **accepted(self.parameters, options))
 
     def apply(
         self, params: Params, x_snd: Array, modality_sn: Array, **options: Any
     ) -> Float[Array, "s n e"]:
-        """The logits of tokens [s, n, d]."""
-        return self.function(params, x_snd, modality_sn, **_accepted(self.function, options))
-
-
-def _accepted(function: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
-    names = keyword_defaults(function)
-    return {name: value for name, value in options.items() if name in names}
+        """The logits of tokens [s, n, d], or of what a score reads in their place."""
+        return self.function(params, x_snd, modality_sn, **accepted(self.function, options))
 
 
 SCORES: Registry[Score] = Registry("score")
 
 
-def score(name: str, parameters: Callable[..., Shapes]) -> Callable[[Callable], Callable]:
+def score(
+    name: str, parameters: Callable[..., Shapes], **choices: tuple[str, ...]
+) -> Callable[[Callable], Callable]:
     """Decorator that registers a function as the score ``name``; see :class:`Score`."""
 
     def add(function: Callable) -> Callable:
-        SCORES.register(name)(Score(function, parameters))
+        SCORES.register(name)(Score(function, parameters, choices))
         return function
 
     return add
+
+
+def select_by_modality(
+    table_m: Float[Array, " m"], modality_sn: Int[Array, "s n"]
+) -> Float[Array, "s n"]:
+    """``table[modality]``, or its one value; a masked sum, whose gradient is no scatter."""
+    if table_m.shape[0] == 1:
+        return jnp.broadcast_to(table_m[None], modality_sn.shape)
+    here = jax.nn.one_hot(modality_sn, table_m.shape[0], dtype=bool)
+    return jnp.where(here, table_m[None, None], 0).sum(axis=-1)
 
 
 def project(
@@ -97,6 +107,116 @@ def linear(
 ) -> Float[Array, "s n e"]:
     """``x W``, without bias."""
     return project(x_snd, params["router_mde"], modality_sn)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "tanh": jnp.tanh,
+    "gelu": jax.nn.gelu,
+    "silu": jax.nn.silu,
+}
+
+
+def _mlp_parameters(d: int, e: int, m: int, *, hidden: int = 0, init_std: float = 0.02) -> Shapes:
+    hidden = hidden or 8 * e
+    return {
+        "router_wi_mdf": ((m, d, hidden), initializers.normal(d**-0.5)),
+        "router_wo_mfe": ((m, hidden, e), initializers.normal(init_std)),
+    }
+
+
+@score("mlp", _mlp_parameters, activation=tuple(ACTIVATIONS))
+def mlp(
+    params: Params,
+    x_snd: Float[Array, "s n d"],
+    modality_sn: Int[Array, "s n"],
+    *,
+    activation: str = "tanh",
+) -> Float[Array, "s n e"]:
+    """``act(x W_1) W_2``, without biases.
+
+    The code of MoE++ (arXiv 2410.07348) has ``hidden`` = 8 E, which 0 stands for, and tanh.
+    """
+    hidden = ACTIVATIONS[activation](project(x_snd, params["router_wi_mdf"], modality_sn))
+    return project(hidden, params["router_wo_mfe"], modality_sn)
+
+
+def _cosine_parameters(
+    d: int, e: int, m: int, *, learn_scale: bool = False, temperature: float = 1.0
+) -> Shapes:
+    shapes: Shapes = {"prototype_mde": ((m, d, e), initializers.normal(d**-0.5))}
+    if learn_scale:
+        shapes["scale_m"] = ((m,), initializers.constant(1 / temperature))
+    return shapes
+
+
+@score("cosine", _cosine_parameters)
+def cosine(
+    params: Params,
+    x_snd: Float[Array, "s n d"],
+    modality_sn: Int[Array, "s n"],
+    *,
+    temperature: float = 1.0,
+) -> Float[Array, "s n e"]:
+    """``cos(x, mu_e) / temperature``: whatever the lengths of x and mu.
+
+    X-MoE, arXiv 2204.09179 (there in a narrower space). Soft MoE, arXiv 2308.00951, section 2.3,
+    is ``learn_scale``: 1 / temperature is where the learned scale begins.
+    """
+    # As in Soft MoE's code: no division by zero, and unit length but for 1e-6.
+    unit = lambda v, axis: v * lax.rsqrt(jnp.square(v).sum(axis=axis, keepdims=True) + 1e-6)
+    dtype = jnp.promote_types(x_snd.dtype, jnp.float32)
+    logits = project(unit(x_snd.astype(dtype), -1), unit(params["prototype_mde"], 1), modality_sn)
+    if "scale_m" not in params:
+        return logits / temperature
+    scale_m = params["scale_m"].astype(logits.dtype)
+    return logits * select_by_modality(scale_m, modality_sn)[..., None]
+
+
+def _attribute_parameters(
+    d: int, e: int, m: int, *, attributes: int = 8, init_std: float = 0.02
+) -> Shapes:
+    return {
+        "attribute_mzd": ((m, attributes, d), initializers.normal(1.0)),
+        "router_mde": ((m, d, e), initializers.normal(init_std)),
+    }
+
+
+@score("attributes", _attribute_parameters)
+def attributes(
+    params: Params, attributes_snz: Float[Array, "s n z"], modality_sn: Int[Array, "s n"]
+) -> Float[Array, "s n e"]:
+    """``LN(gelu(a W_a)) W`` of a vector a that says what the token is, never of the token itself.
+
+    Uni-Perceiver-MoE, arXiv 2206.04674, section 3.2, where a holds 8 bits: the task, the modality,
+    whether attention is causal. Tokens of equal attributes then have equal experts. The norm has
+    no scale, which the matrix after it makes up for. :func:`modality_attributes` is the simplest a.
+    """
+    hidden = jax.nn.gelu(project(attributes_snz, params["attribute_mzd"], modality_sn))
+    hidden = hidden - hidden.mean(axis=-1, keepdims=True)
+    hidden = hidden * lax.rsqrt(jnp.square(hidden).mean(axis=-1, keepdims=True) + 1e-5)
+    return project(hidden, params["router_mde"], modality_sn)
+
+
+def modality_attributes(modality_sn: Int[Array, "s n"], num: int) -> Float[Array, "s n z"]:
+    """The modality alone as attributes: 1 at its place of ``num``."""
+    return jax.nn.one_hot(modality_sn, num)
+
+
+def add_previous(
+    logits_sne: Float[Array, "s n e"],
+    previous_sne: Float[Array, "s n e"] | None,
+    residual_ee: Float[Array, "e e"],
+) -> Float[Array, "s n e"]:
+    """``G_l = W x + W_g G_{l-1}`` (MoE++, arXiv 2410.07348, eq. 6); the first layer has no G_{l-1}.
+
+    G are logits, without softmax, and the gradient goes through all layers.
+    """
+    if previous_sne is None:
+        return logits_sne
+    previous_sne = previous_sne.astype(logits_sne.dtype)
+    return logits_sne + jnp.einsum(
+        "sne,ef->snf", previous_sne, residual_ee.astype(logits_sne.dtype), precision="highest"
+    )
 
 
 def allowed_experts(

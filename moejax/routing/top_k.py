@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from moejax.routing import checks
-from moejax.routing.normalise import KINDS, distribution, scores_of, share
+from moejax.routing.normalise import KINDS, distribution, scores_of, share, sinkhorn
 from moejax.routing.perturb import NOISE_CHOICES, is_noisy, perturb
 from moejax.routing.plan import RouterInputs, RoutingPlan, router
 from moejax.routing.select import chosen_mask, largest, pick, weigh
@@ -172,3 +172,55 @@ def _wins(
     # With no more than k experts to choose from, all win.
     wins = jnp.where(last < clean.shape[-1], wins, 1)
     return jnp.where(may, wins, 0).sum(axis=1)
+
+
+def _check_sinkhorn(num_experts: int, options: Mapping[str, Any]) -> None:
+    checks.require_top_k(options, num_experts)
+    checks.require_choice(options, "normalise", KINDS)
+    checks.require_above_zero(options, "temperature")
+    checks.require_at_least(options, "iterations", 1)
+    checks.require_above_zero(options, "scale")
+
+
+@router("sinkhorn", causal=False, causal_rules=("scores", "none"), check=_check_sinkhorn)
+def sinkhorn_choice(
+    inputs: RouterInputs,
+    *,
+    top_k: int = 1,
+    normalise: str = "softmax",
+    renormalise: bool = False,
+    scale: float = 1.0,
+    temperature: float = 1.0,
+    iterations: int = 30,
+    causal_rule: str = "",
+) -> RoutingPlan:
+    """The k largest entries of each row of the group's balanced plan (arXiv 2401.15969).
+
+    No gradient passes through the plan: the weights are the ordinary scores of what it chose, as
+    in BlackMamba (arXiv 2402.01771: sigmoid, temperature=0.5, and plain scores in generation).
+
+    Args:
+      inputs: see :class:`RouterInputs`.
+      top_k: experts of a token.
+      normalise: what the weights are: "softmax" or "sigmoid".
+      renormalise: weights over their sum.
+      scale: multiplies the weights.
+      temperature: of the plan (:func:`moejax.routing.normalise.sinkhorn`).
+      iterations: of its scaling of columns and rows.
+      causal_rule: without training: "scores" takes the largest scores, which need no other token;
+        "none" and "" choose as in training.
+    """
+    may = inputs.may_choose()
+    wanted = inputs.logits
+    if inputs.train or causal_rule != "scores":
+        wanted = sinkhorn(lax.stop_gradient(inputs.logits), may, temperature, iterations)
+    ids = largest(wanted, may, top_k)
+    weights, shared_weights = weigh(
+        inputs, inputs.logits, ids, kind=normalise, renormalise=renormalise
+    )
+    return RoutingPlan(
+        expert_ids=ids,
+        weights=weights * scale,
+        probs=distribution(normalise, inputs.logits, may),
+        shared_weights=None if shared_weights is None else shared_weights * scale,
+    )
