@@ -162,7 +162,7 @@ def _heterogeneous_value(sums: Mapping[str, Array]) -> Array:
 def heterogeneous(inputs: RouterInputs, plan: RoutingPlan, *, tau: float = 0.75) -> Sums:
     """``sum_e eta_e f_e P_e`` over the batch, eta = 1 for experts with weights, else tau.
 
-    MoE++, arXiv 2410.07348, eq. 7 and 8. f_e is the share of tokens that choose e (sum K), and
+    MoE++, arXiv 2410.07348. f_e is the share of tokens that choose e (sum K), and
     there is no factor E: K (num_ffn + tau num_null) / E^2 at uniform. Least where an expert with
     weights is chosen tau times as often as one without.
     """
@@ -208,7 +208,7 @@ def _variation_value(sums: Mapping[str, Array]) -> Array:
 
 @router_loss("importance", _mean_or(_variation_value), per=PER)
 def importance(inputs: RouterInputs, plan: RoutingPlan, *, per: str = "group") -> Sums:
-    """``CV(sum_t p_t)^2`` over experts, the mean over groups (V-MoE, arXiv 2106.05974, eq. 4).
+    """``CV(sum_t p_t)^2`` over experts, the mean over groups (V-MoE, arXiv 2106.05974).
 
     Of probabilities without noise. 0 at uniform, its minimum; E - 1 when collapsed.
     """
@@ -221,7 +221,7 @@ def importance(inputs: RouterInputs, plan: RoutingPlan, *, per: str = "group") -
 
 @router_loss("load", _mean_or(_variation_value), per=PER)
 def load(inputs: RouterInputs, plan: RoutingPlan, *, per: str = "group") -> Sums:
-    """``CV(sum_t P(e wins t))^2``, the mean over groups (V-MoE, arXiv 2106.05974, appendix A).
+    """``CV(sum_t P(e wins t))^2``, the mean over groups (V-MoE, arXiv 2106.05974).
 
     An expert wins a token if, with its noise drawn anew, its logit is at least the K-th largest.
     0 where all win as often, at most E - 1. 0 too where the router drew no gaussian noise.

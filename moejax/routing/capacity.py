@@ -32,7 +32,7 @@ def heterogeneous_capacity(
 ) -> tuple[int, ...]:
     """Places of each expert: those with weights have tau times those of experts without.
 
-    MoE++, arXiv 2410.07348, eq. 9: ``factor * tau * T / (tau * num_ffn + num_null)`` and
+    MoE++, arXiv 2410.07348: ``factor * tau * T / (tau * num_ffn + num_null)`` and
     ``factor * T / (...)``. T is read as the number of choices, tokens * k: with the number of
     tokens nearly half of the choices would be dropped.
     """
@@ -58,7 +58,7 @@ def limit_capacity(
     """The plan with at most ``capacity`` choices of an expert in each group.
 
     Dropped choices get id E and weight 0; ``chosen_ids`` keeps what there was. All first choices
-    come before all second ones (V-MoE, arXiv 2106.05974, appendix C).
+    come before all second ones (V-MoE, arXiv 2106.05974).
 
     Args:
       plan: of a router; a token's choices stand in order of preference.

@@ -62,7 +62,7 @@ def _modality_information_value(sums: Mapping[str, Array]) -> Array:
 def modality_information(inputs: RouterInputs, plan: RoutingPlan) -> Sums:
     """``-sum_m sum_e P(m) p(e|m) log(p(e|m) / P(e))`` over the batch.
 
-    Mod-Squad, arXiv 2212.08066, eq. 6 to 8, with modalities for tasks: less the mutual information
+    Mod-Squad, arXiv 2212.08066, with modalities for tasks: less the mutual information
     of modality and expert, each modality that has tokens counting the same. 0 where all have one
     distribution, -log M where no expert serves two.
     """
@@ -77,7 +77,7 @@ def _local_value(sums: Mapping[str, Array]) -> Array:
 def entropy_local(inputs: RouterInputs, plan: RoutingPlan, *, modality: int = -1) -> Sums:
     """``mean_t H(p_t)`` of a modality's tokens over the batch: tokens shall be sure.
 
-    LIMoE, arXiv 2206.02770, eq. 3. 0 at best, log E at uniform; summed over all modalities unless
+    LIMoE, arXiv 2206.02770. 0 at best, log E at uniform; summed over all modalities unless
     ``modality`` names one.
     """
     return _probs_by_modality(inputs, plan, modality)
@@ -95,7 +95,7 @@ def _global_value(sums: Mapping[str, Array], *, min_experts: float = 0.0) -> Arr
 def entropy_global(inputs: RouterInputs, plan: RoutingPlan, *, modality: int = -1) -> Sums:
     """``-H(mean_t p_t)`` of a modality's tokens over the batch: together they shall use many.
 
-    LIMoE, arXiv 2206.02770, eq. 4. With ``min_experts`` it is ``max(0, log(min_experts) - H)``: no
+    LIMoE, arXiv 2206.02770. With ``min_experts`` it is ``max(0, log(min_experts) - H)``: no
     pressure once as many experts are used as that, and 0 at uniform if E is no less. Without it,
     -log E at uniform, its minimum, and 0 where all use one expert. Summed over all modalities
     unless ``modality`` names one.

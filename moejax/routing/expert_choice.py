@@ -52,7 +52,7 @@ def expert_choice(
 ) -> RoutingPlan:
     """Each expert takes its share of the group's tokens, those of the highest scores.
 
-    Zhou et al., arXiv 2202.09368 (there with softmax scores); MoMa, arXiv 2407.21770, section 2.2,
+    Zhou et al., arXiv 2202.09368 (there with softmax scores); MoMa, arXiv 2407.21770,
     is ``allowed`` with experts of one modality each: an expert then compares the tokens of that
     modality, of which it takes ``capacity_factor / E_m``. A token gets any number of experts, by
     the weights that the scores are. Of equal scores the earlier token is taken.

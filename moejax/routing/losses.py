@@ -122,7 +122,7 @@ def _causal_router_value(sums: Mapping[str, Array]) -> Array:
 def causal_router(inputs: RouterInputs, plan: RoutingPlan) -> Sums:
     """Binary cross-entropy of ``causal_logits`` against the choice that saw all tokens.
 
-    MoMa, arXiv 2407.21770, section 2.4. The mean over the batch's pairs of a token and an expert
+    MoMa, arXiv 2407.21770. The mean over the batch's pairs of a token and an expert
     that it may choose. Its targets are integers, so nothing reaches the main router. log 2 where
     all causal logits are 0, 0 at best. Only in training: elsewhere the choice may be the causal
     router's own.

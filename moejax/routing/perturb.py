@@ -14,7 +14,7 @@ NOISES: dict[str, Callable] = {
     "gaussian": lambda key, shape, dtype, e: jax.random.normal(key, shape, dtype) / e,
     # The largest of softmax logits with Gumbel noise is a draw from the softmax.
     "gumbel": lambda key, shape, dtype, e: jax.random.gumbel(key, shape, dtype),
-    # Gumbel-sigmoid, arXiv 2407.21770, section 2.5: the difference of two Gumbel variables.
+    # Gumbel-sigmoid, arXiv 2407.21770: the difference of two Gumbel variables.
     "logistic": lambda key, shape, dtype, e: jax.random.logistic(key, shape, dtype),
 }
 NOISE_CHOICES = ("", *NOISES)

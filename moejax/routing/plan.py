@@ -18,6 +18,8 @@ from flax import struct
 from moejax.config.registry import Registry
 from moejax.errors import UserError, did_you_mean
 
+# Fields are Any, not Array: tree functions rebuild these classes with leaves of other kinds.
+
 
 @struct.dataclass
 class RouterInputs:
@@ -44,15 +46,15 @@ class RouterInputs:
       train: False when evaluating or decoding: no noise, and only causal choices.
     """
 
-    logits: jax.Array
-    valid: jax.Array
-    modality: jax.Array
-    token_ids: jax.Array
-    allowed: jax.Array | None = None
-    select_bias: jax.Array | None = None
-    causal_logits: jax.Array | None = None
-    rng: jax.Array | None = None
-    step: jax.Array | None = None
+    logits: Any
+    valid: Any
+    modality: Any
+    token_ids: Any
+    allowed: Any = None
+    select_bias: Any = None
+    causal_logits: Any = None
+    rng: Any = None
+    step: Any = None
     num_ffn: int = struct.field(pytree_node=False, default=0)
     num_zero: int = struct.field(pytree_node=False, default=0)
     num_shared: int = struct.field(pytree_node=False, default=0)
@@ -93,12 +95,12 @@ class RoutingPlan:
       max_choices: the most choices in one group; None: n * k.
     """
 
-    expert_ids: jax.Array
-    weights: jax.Array
-    probs: jax.Array
-    shared_weights: jax.Array | None = None
-    chosen_ids: jax.Array | None = None
-    statistics: dict[str, jax.Array] = struct.field(default_factory=dict)
+    expert_ids: Any
+    weights: Any
+    probs: Any
+    shared_weights: Any = None
+    chosen_ids: Any = None
+    statistics: dict[str, Any] = struct.field(default_factory=dict)
     max_choices: int | None = struct.field(pytree_node=False, default=None)
 
     def chosen(self) -> jax.Array:
@@ -115,8 +117,8 @@ class SoftPlan:
       combine: [s, n, e, c], for each valid token a distribution over all slots.
     """
 
-    dispatch: jax.Array
-    combine: jax.Array
+    dispatch: Any
+    combine: Any
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,7 +159,7 @@ def cosine(
 ) -> Float[Array, "s n e"]:
     """``cos(x, mu_e) / temperature``: whatever the lengths of x and mu.
 
-    X-MoE, arXiv 2204.09179 (there in a narrower space). Soft MoE, arXiv 2308.00951, section 2.3,
+    X-MoE, arXiv 2204.09179 (there in a narrower space). Soft MoE, arXiv 2308.00951,
     is ``learn_scale``: 1 / temperature is where the learned scale begins.
     """
     # As in Soft MoE's code: no division by zero, and unit length but for 1e-6.
@@ -187,7 +187,7 @@ def attributes(
 ) -> Float[Array, "s n e"]:
     """``LN(gelu(a W_a)) W`` of a vector a that says what the token is, never of the token itself.
 
-    Uni-Perceiver-MoE, arXiv 2206.04674, section 3.2, where a holds 8 bits: the task, the modality,
+    Uni-Perceiver-MoE, arXiv 2206.04674, where a holds 8 bits: the task, the modality,
     whether attention is causal. Tokens of equal attributes then have equal experts. The norm has
     no scale, which the matrix after it makes up for. :func:`modality_attributes` is the simplest a.
     """
@@ -207,7 +207,7 @@ def add_previous(
     previous_sne: Float[Array, "s n e"] | None,
     residual_ee: Float[Array, "e e"],
 ) -> Float[Array, "s n e"]:
-    """``G_l = W x + W_g G_{l-1}`` (MoE++, arXiv 2410.07348, eq. 6); the first layer has no G_{l-1}.
+    """``G_l = W x + W_g G_{l-1}`` (MoE++, arXiv 2410.07348); the first layer has no G_{l-1}.
 
     G are logits, without softmax, and the gradient goes through all layers.
     """

@@ -25,7 +25,7 @@ def _check_soft(num_experts: int, options: Mapping[str, Any]) -> None:
 def soft(
     inputs: RouterInputs, *, slots: int = 1, noise: str = "", noise_scale: float = 1.0
 ) -> SoftPlan:
-    """Each slot a softmax over tokens, each token a softmax over slots (arXiv 2308.00951, eq. 1).
+    """Each slot a softmax over tokens, each token a softmax over slots (arXiv 2308.00951).
 
     The logits have ``experts * slots`` columns, slot c of expert e in ``e * slots + c``. Scores by
     cosine with a learned scale are those of the paper (score "cosine", ``learn_scale``). Padding

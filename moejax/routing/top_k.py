@@ -165,7 +165,7 @@ def _wins(
 ) -> Float[Array, "s e"]:
     """Sums over tokens of the probability that with new noise e would be among the k largest.
 
-    ``1 - Phi((kth largest noisy logit - logit) / deviation)``, arXiv 2106.05974, appendix A.
+    ``1 - Phi((kth largest noisy logit - logit) / deviation)``, arXiv 2106.05974.
     """
     last = largest(noisy, may, k)[..., -1:]
     wins = 1 - jax.scipy.stats.norm.cdf((pick(noisy, last) - clean) / deviation)
