@@ -353,6 +353,7 @@ def routing_aux(
     }
     if ctx.record:
         aux["expert_ids"] = plan.expert_ids.reshape(b, t, -1)
+        aux["chosen_ids"] = plan.chosen().reshape(b, t, -1)
         aux["weights"] = plan.weights.reshape(b, t, -1)
         aux["logits"] = inputs.logits.reshape(b, t, -1)
     return aux
