@@ -13,13 +13,21 @@ def run(argv: Sequence[str]) -> int:
     parser = command_parser(
         "eval",
         "Evaluate a checkpoint: the evaluators that its config names, beside their baselines.\n"
-        "Pictures that they draw go into WORKDIR/samples/step_N.",
+        "Pictures that they draw go into WORKDIR/samples/step_N, arrays that `moejax report`\n"
+        "shows into WORKDIR/arrays/step_N.",
         config=False,
     )
     parser.add_argument(
         "--split",
         choices=("train", "val", "test"),
         help="data to evaluate on (default: eval.split, and what eval.metrics says otherwise)",
+    )
+    parser.add_argument(
+        "--metrics",
+        metavar="NAMES",
+        default="",
+        help="evaluators to run instead of those of eval.metrics, parted by commas: likelihood, "
+        "routing, samples, ... (moejax list evaluators)",
     )
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
     args = parser.parse(argv)
@@ -28,21 +36,23 @@ def run(argv: Sequence[str]) -> int:
 
     from moejax.train.evaluate import eval_plans, format_table, run_evaluators
     from moejax.train.load import load
-    from moejax.train.writers import save_images
+    from moejax.train.writers import save_arrays, save_images
 
     # With --json stdout carries the document alone, whatever a library prints.
     aside = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
     with aside:
         loaded = load(args.workdir, args.step)
         split = args.split or loaded.config.eval.split
-        context = loaded.eval_context(args.split)
+        context = loaded.eval_context(args.split, [args.metrics] if args.metrics else ())
         result = run_evaluators(context, eval_plans(context.config.eval))
         paths = save_images(loaded.workdir, loaded.step, result.images)
+        saved = save_arrays(loaded.workdir, loaded.step, result.arrays)
     if args.json:
         document = {"step": loaded.step, "split": split, "metrics": result.values}
         # Only where there are any: most evaluators draw nothing.
-        print_json({**document, **({"images": list(map(str, paths))} if paths else {})})
+        files = {"images": paths, "arrays": saved}
+        print_json({**document, **{k: list(map(str, v)) for k, v in files.items() if v}})
     else:
         print(f"{args.workdir} at step {loaded.step}, split {split}")
-        print("\n".join([format_table(result.values), *map(str, paths)]))
+        print("\n".join([format_table(result.values), *map(str, [*paths, *saved])]))
     return 0

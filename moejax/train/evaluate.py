@@ -31,6 +31,7 @@ BASELINES = {
     "kmeans_": "k-means",
     "pca_": "PCA",
     "gaussian_": "Gaussian",
+    "shuffled_": "shuffled tokens",
 }
 
 _ENTRY = re.compile(r"([^@/\s]+)(?:@([^@/\s]+))?(?:/([^@/\s]+))?")
@@ -43,14 +44,20 @@ class EvalResult:
     Attributes:
       values: numbers by name.
       images: pictures by name, each [h, w, 3] uint8.
+      arrays: what a report or a notebook needs beside them: sets of arrays by name.
     """
 
     values: dict[str, float]
     images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    arrays: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def joined(self, other: "EvalResult") -> "EvalResult":
         """Both together."""
-        return EvalResult({**self.values, **other.values}, {**self.images, **other.images})
+        return EvalResult(
+            {**self.values, **other.values},
+            {**self.images, **other.images},
+            {**self.arrays, **other.arrays},
+        )
 
     def __post_init__(self):
         for name, image in self.images.items():
@@ -125,6 +132,14 @@ def on_split(config: Config, split: str) -> Config:
     )
 
 
+def with_metrics(config: Config, metrics: Sequence[str]) -> Config:
+    """``config`` with other entries of ``eval.metrics``, checked; nothing is best or stops then."""
+    own = dataclasses.replace(config.eval, metrics=tuple(metrics), best_metric="", patience=0)
+    config = dataclasses.replace(config, eval=own)
+    check_evaluators(config)
+    return config
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalContext:
     """One model and the data to judge it on.
@@ -193,13 +208,14 @@ def run_evaluators(context: EvalContext, plans: Sequence[EvalPlan]) -> EvalResul
     """The values of ``plans`` by their names in metrics.jsonl less ``eval/``, and their pictures.
 
     A picture is called ``SPLIT/NAME``, also that of ``eval.split``: pictures of several splits
-    share a folder.
+    share a folder. So are arrays.
 
     Raises:
       UserError: an evaluator is not registered, or two return a value of the same name.
     """
     values: dict[str, float] = {}
     images: dict[str, np.ndarray] = {}
+    arrays: dict[str, dict[str, np.ndarray]] = {}
     owners: dict[str, str] = {}
     with jax.set_mesh(context.mesh):
         for plan in plans:
@@ -209,7 +225,8 @@ def run_evaluators(context: EvalContext, plans: Sequence[EvalPlan]) -> EvalResul
             _claim(owners, own, plan.name)
             values.update(own)
             images.update({f"{plan.split}/{name}": image for name, image in result.images.items()})
-    return EvalResult(values, images)
+            arrays.update({f"{plan.split}/{name}": held for name, held in result.arrays.items()})
+    return EvalResult(values, images, arrays)
 
 
 def _claim(owners: dict[str, str], names: Iterable[str], evaluator: str) -> None:

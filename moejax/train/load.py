@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,14 @@ from moejax.config.schema import Config, MeshConfig
 from moejax.errors import UserError
 from moejax.parallel.mesh import check_mesh
 from moejax.train.checkpoint import Checkpoints, saved_steps
-from moejax.train.evaluate import EvalContext, eval_plans, evaluate, on_split, put_batch
+from moejax.train.evaluate import (
+    EvalContext,
+    eval_plans,
+    evaluate,
+    on_split,
+    put_batch,
+    with_metrics,
+)
 from moejax.train.setup import ModelSetup, open_pipeline, prepare_model
 from moejax.train.workdir import read_record
 
@@ -86,9 +93,13 @@ class Loaded:
 
         return sampler_of(self)
 
-    def eval_context(self, split: str | None = None) -> EvalContext:
-        """What evaluators take; opens the data. With a ``split`` all run on that one alone."""
-        config = self.config if split is None else on_split(self.config, split)
+    def eval_context(self, split: str | None = None, metrics: Sequence[str] = ()) -> EvalContext:
+        """What evaluators take; opens the data. With a ``split`` all run on that one alone.
+
+        ``metrics`` are entries to run instead of those of ``eval.metrics``.
+        """
+        config = with_metrics(self.config, metrics) if metrics else self.config
+        config = config if split is None else on_split(config, split)
         opened = {"train": self.train_pipeline()}
         for name in (config.eval.split, *(plan.split for plan in eval_plans(config.eval))):
             if name not in opened:

@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -29,7 +29,7 @@ TIME_FIELDS = (
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The rows of a metrics.jsonl or a file like it; a last line cut short is left out."""
     if not path.exists():
         return []
     rows = []
@@ -39,6 +39,19 @@ def read_rows(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def append_rows(path: Path, step: int) -> TextIO:
+    """The file of rows, open at its end, without those after ``step`` and without a line cut short.
+
+    A new file and a rename: a kill leaves either the old rows or the cut ones.
+    """
+    rows = [row for row in read_rows(path) if row["step"] <= step]
+    cut = path.with_suffix(".jsonl.tmp")
+    with cut.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(cut, path)
+    return path.open("a", encoding="utf-8")
 
 
 def check_writers(log: LogConfig) -> None:
@@ -90,13 +103,7 @@ class MetricWriter:
     def __init__(self, workdir: Path, step: int, sinks: Sequence[Sink] = ()):
         self.workdir, self.sinks = workdir, sinks
         self.path = workdir / "metrics.jsonl"
-        rows = [row for row in read_rows(self.path) if row["step"] <= step]
-        # A new file and a rename: a kill leaves either the old rows or the cut ones.
-        cut = self.path.with_suffix(".jsonl.tmp")
-        with cut.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        os.replace(cut, self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = append_rows(self.path, step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one row; NaN and infinity, which JSON does not have, are left out."""
@@ -137,6 +144,28 @@ def save_images(workdir: Path, step: int, images: Mapping[str, np.ndarray]) -> l
     for name, image in images.items():
         path = workdir / "samples" / f"step_{step}" / f"{name.replace('/', '_')}.png"
         save_png(Image.fromarray(image), path)
+        paths.append(path)
+    return paths
+
+
+def save_arrays(
+    workdir: Path, step: int, arrays: Mapping[str, Mapping[str, np.ndarray]]
+) -> list[Path]:
+    """Writes each set of arrays to ``workdir/arrays/step_STEP/NAME.npz``, in one piece.
+
+    A slash in a name becomes an underscore.
+    """
+    paths = []
+    for name, members in arrays.items():
+        path = workdir / "arrays" / f"step_{step}" / f"{name.replace('/', '_')}.npz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("wb") as file:
+                np.savez_compressed(file, **dict(members))  # pyright: ignore[reportArgumentType]
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
         paths.append(path)
     return paths
 
