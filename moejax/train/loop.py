@@ -2,12 +2,9 @@
 
 import contextlib
 import os
-import signal
-import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +25,14 @@ from moejax.train.evaluate import (
     run_evaluators,
 )
 from moejax.train.progress import Progress, format_count
+from moejax.train.routing_log import RoutingLog
 from moejax.train.setup import Setup, prepare, surroundings
 from moejax.train.start import Start, plan_start
 from moejax.train.state import TrainState
 from moejax.train.step import StepMetrics, make_train_step
+from moejax.train.stop import StopSignals
 from moejax.train.throughput import Clock, peak_flops
-from moejax.train.writers import MetricWriter, open_sinks, read_rows
+from moejax.train.writers import MetricWriter, open_sinks, read_rows, save_arrays
 
 # How a run that was stopped early can be gone on with.
 GO_ON = "with a larger eval.patience (0: none) the same command goes on"
@@ -74,7 +73,7 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     workdirs.check_data_version(workdir, record, setup.pipeline.version)
     made_with = surroundings(setup)
     start = None if steps else plan_start(setup, workdir)
-    with _StopSignals() as stop, contextlib.ExitStack() as stack:
+    with StopSignals() as stop, contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(setup.mesh))
         run = _Run(setup, workdir, stop, start)
         for change in workdirs.changed_surroundings(record, made_with):
@@ -104,35 +103,10 @@ def recorded_patience(config: Config, workdir: Path, step: int) -> Patience:
     return Patience(config.eval, [row for row in rows if row["step"] <= step])
 
 
-class _StopSignals:
-    """Notes SIGTERM and the first Ctrl-C; a second Ctrl-C interrupts as usual."""
-
-    def __init__(self):
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopSignals":
-        # Python lets only the main thread set signal handlers.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _note(self, number: int, frame: Any) -> None:
-        del frame
-        self.requested = True
-        signal.signal(number, self._before[number])
-
-
 class _Run:
     """The parts of a run that is under way. ``open`` makes or restores them, ``go`` trains."""
 
-    def __init__(self, setup: Setup, workdir: Path, stop: _StopSignals, start: Start | None):
+    def __init__(self, setup: Setup, workdir: Path, stop: StopSignals, start: Start | None):
         config = setup.config
         self.start = start
         self.setup, self.config, self.workdir, self.stop = setup, config, workdir, stop
@@ -188,6 +162,8 @@ class _Run:
         sinks = open_sinks(config, self.workdir, self.first) if self.primary else []
         self.writer = MetricWriter(self.workdir, self.first, sinks)
         stack.callback(self.writer.close)
+        self.routing = RoutingLog(self.workdir, self.first, config.model)
+        stack.callback(self.routing.close)
         stack.callback(self.progress.close)
         self.progress.say("\n".join([header(setup), *(sink.note for sink in sinks if sink.note)]))
         if latest is not None:
@@ -282,6 +258,7 @@ class _Run:
             values = {**row_values(sums, self.sources), **self.clock.read()}
             if self.primary:
                 self.writer.write(step, values)
+                self.routing.write(step, sums)
             self.progress.row(step, values)
 
     def evaluate(self, done: int, due: list[EvalPlan]) -> dict[str, float]:
@@ -306,6 +283,8 @@ class _Run:
         if self.primary and values:
             self.writer.write(done, {f"eval/{name}": value for name, value in values.items()})
         paths = self.writer.images(done, result.images) if self.primary else []
+        if self.primary:
+            save_arrays(self.workdir, done, result.arrays)
         if values:
             split = self.config.eval.split
             self.progress.say(f"evaluation on {split} at step {done}\n{format_table(values)}")

@@ -1,0 +1,30 @@
+"""Signals that ask a run to stop."""
+
+import signal
+import threading
+from typing import Any
+
+
+class StopSignals:
+    """Notes SIGTERM and the first Ctrl-C; a second Ctrl-C interrupts as usual."""
+
+    def __init__(self):
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        # Python lets only the main thread set signal handlers.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: Any) -> None:
+        del frame
+        self.requested = True
+        signal.signal(number, self._before[number])
