@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
 import numpy as np
 
@@ -138,6 +139,13 @@ def thin(points: Sequence[Point]) -> list[Point]:
         return list(points)
     groups = np.array_split(np.asarray(points, np.float64), _MOST_POINTS - 1)
     return [*(tuple(group.mean(axis=0).tolist()) for group in groups), points[-1]]
+
+
+def spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most ``most`` of ``items``, evenly spread, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:

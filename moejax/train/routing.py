@@ -1,0 +1,315 @@
+"""The "routing" evaluator: what the experts of a model were given, on a split.
+
+Numbers, each the mean over the layers of experts (under ``routing/``):
+
+* ``entropy``, ``margin``, ``max_violation``, ``drop_fraction``, ``null_fraction``,
+  ``experts_per_token``: as they are logged in training (moejax.routing.stats.summarise);
+* ``expert_entropy``: H(expert), how evenly the choices are spread, in nats;
+* ``token_entropy``: H(expert | token id). Far below it, routing follows the token alone
+  (OpenMoE, arXiv 2402.01739, section 4.1); beside it ``shuffled_token_entropy`` for token ids dealt
+  anew within each modality, which is what counting few tokens of each id gives by chance;
+* ``modality_entropy``: H(expert | modality).
+
+It draws the load of the experts by modality and which are chosen together, and leaves its counts
+and the choices of a few rows in ``workdir/arrays`` for ``moejax report``.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.analysis.routing import (
+    NONE,
+    LayerCounts,
+    agreement,
+    by_weight,
+    overlap,
+    shuffled_within,
+)
+from moejax.analysis.routing_record import NAME, RoutingRecord
+from moejax.config.schema import Config
+from moejax.data.vocabulary import BOA, BOI, BOS, EOA, EOI, EOS
+from moejax.errors import UserError
+from moejax.objectives.routing import routings
+from moejax.routing import summarise
+from moejax.train.evaluate import EVALUATORS, EvalContext, EvalResult
+from moejax.train.routing_log import RoutingLayer, has_experts, routing_layers
+
+# Rows and pictures of the first batch whose choices are kept.
+ROWS, PICTURES = 4, 6
+SUMMARIES = (
+    "entropy",
+    "margin",
+    "max_violation",
+    "drop_fraction",
+    "null_fraction",
+    "experts_per_token",
+)
+ENTROPIES = ("expert_entropy", "token_entropy", "shuffled_token_entropy", "modality_entropy")
+_MARKS = {BOS: "BOS", EOS: "EOS", BOI: "BOI", EOI: "EOI", BOA: "BOA", EOA: "EOA"}
+
+
+@EVALUATORS.register("routing")
+def routing(context: EvalContext) -> EvalResult:
+    """Load, entropies and drops of the experts: numbers, pictures and what a report shows."""
+    from moejax.train.routing_pictures import draw_experts, draw_together
+
+    model = context.config.model
+    rng = np.random.default_rng(0)
+    layers: list[RoutingLayer] = []
+    counts: dict[RoutingLayer, LayerCounts] = {}
+    sums: Any = None
+    rows: dict[str, np.ndarray] = {}
+    for batch, recorded in recorded_batches(context):
+        valid = valid_tokens(batch)
+        if sums is None:
+            layers = routing_layers(model, depths(recorded))
+            for layer in layers:
+                experts = recorded[layer.name]["logits"].shape[-1] - model.moe.shared_competing
+                counts[layer] = LayerCounts(experts, len(model.modalities))
+        statistics = {name: value["statistics"] for name, value in recorded.items()}
+        statistics = jax.tree.map(lambda x: np.asarray(x, np.float64), statistics)
+        sums = statistics if sums is None else jax.tree.map(np.add, sums, statistics)
+        dealt = shuffled_within(batch["tokens"][valid], batch["modality"][valid], rng)
+        for layer, counted in counts.items():
+            chosen, kept = choices_of(recorded, layer, counted.experts)
+            counted.add(chosen, kept, valid, batch["tokens"], dealt, batch["modality"])
+        if not rows:
+            rows = _rows(context, batch, valid, recorded, counts)
+    tokens_m = next(iter(sums.values()))["tokens_m"][0]
+    record = _record(model, counts, tokens_m, rows)
+    images = {f"{NAME}_experts": draw_experts(record)}
+    # Where a token has one expert, none are chosen together.
+    if (record.together.sum(axis=(1, 2)) > np.trace(record.together, axis1=1, axis2=2)).any():
+        images[f"{NAME}_together"] = draw_together(record)
+    return EvalResult(_values(record, sums, layers), images, {NAME: record.arrays()})
+
+
+def check(config: Config) -> None:
+    """UserError unless the model has experts."""
+    if not has_experts(config.model):
+        raise UserError(
+            f"eval.metrics: 'routing' needs a model with experts, and model.name="
+            f"{config.model.name} has none; leave it out, or set model.moe.num_experts and a "
+            "block such as 'moe' in model.block_pattern"
+        )
+    if jax.process_count() > 1:
+        raise UserError(
+            "eval.metrics: 'routing' runs on one host; leave it out, and use moejax eval"
+        )
+
+
+def metric_names(config: Config) -> list[str]:
+    """What :func:`routing` returns."""
+    del config
+    return [f"routing/{name}" for name in (*SUMMARIES, *ENTROPIES)]
+
+
+routing.check = check
+routing.metric_names = metric_names
+
+
+def recorded_batches(context: EvalContext):
+    """(numpy batch, what :func:`moejax.nn.moe.routing_aux` records of it) over the split."""
+    forward = context.program("routing", functools.partial(_forward, context.model))
+    for batch, on_device in context.batches():
+        recorded = jax.device_get(forward(context.params, on_device))
+        if not recorded:
+            raise UserError(
+                "eval.metrics: 'routing' needs a block with experts; model.block_pattern="
+                f"{context.config.model.block_pattern} has none"
+            )
+        yield batch, recorded
+
+
+def _forward(model: Any, params: Any, batch: dict) -> dict[str, dict]:
+    # Rows that only fill up the batch count for nothing: padding.
+    real = (batch["weights"] > 0).any(axis=1, keepdims=True)
+    batch = {**batch, "segments": jnp.where(real, batch["segments"], 0)}
+    aux = model.apply({"params": params}, batch, train=False, record=True).aux
+    return {name: _inner(aux, name) for name, _ in routings(aux)}
+
+
+def _inner(aux: Mapping[str, Any], name: str) -> dict[str, Any]:
+    for part in name.split("/"):
+        aux = aux[part]
+    if "expert_ids" not in aux:
+        raise UserError(
+            "eval.metrics: 'routing' is about choices, and model.moe.router.name makes none"
+        )
+    wanted = ("statistics", "expert_ids", "chosen_ids", "weights", "logits")
+    return {key: aux[key] for key in wanted}
+
+
+def valid_tokens(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[b, t] bool: no padding, and of a row that counts."""
+    return (batch["segments"] > 0) & (batch["weights"] > 0).any(axis=1, keepdims=True)
+
+
+def depths(recorded: Mapping[str, dict]) -> dict[str, int]:
+    """How many layers lie under each name."""
+    return {name: len(value["expert_ids"]) for name, value in recorded.items()}
+
+
+def choices_of(
+    recorded: Mapping[str, dict], layer: RoutingLayer, experts: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """([b, t, k] chosen, kept) in a layer; what is kept in the order of the weights."""
+    own = {key: recorded[layer.name][key] for key in ("expert_ids", "chosen_ids", "weights")}
+    ids, chosen, weights = (value[layer.index] for value in own.values())
+    return np.where(chosen < experts, chosen, NONE), by_weight(ids, weights, experts)
+
+
+def routing_agreement(context: EvalContext, params: Any, others: Any) -> dict[str, np.ndarray]:
+    """How far two sets of parameters route the tokens of a split alike.
+
+    For example, between two checkpoints of a run::
+
+        first, last = moejax.load(workdir, 80), moejax.load(workdir)
+        routing_agreement(last.eval_context(), first.params, last.params)["first"]
+
+    Returns:
+      For each layer of experts, [l]: ``first``, the share of tokens whose expert of the largest
+      weight is the same, and ``overlap``, the share of their experts that tokens have in both.
+    """
+    found: list[list[tuple[float, float, int]]] = []
+    model = context.config.model
+    with jax.set_mesh(context.mesh):
+        both = (recorded_batches(context.with_params(each)) for each in (params, others))
+        for (batch, ours), (_, theirs) in zip(*both, strict=True):
+            valid = valid_tokens(batch)
+            row = []
+            for layer in routing_layers(model, depths(ours)):
+                experts = ours[layer.name]["logits"].shape[-1] - model.moe.shared_competing
+                a, b = (choices_of(each, layer, experts)[1][valid] for each in (ours, theirs))
+                row.append((agreement(a, b), overlap(a, b), len(a)))
+            found.append(row)
+    values_blq = np.asarray(found, np.float64)
+    weights = values_blq[..., 2:]
+    mean = np.nansum(values_blq[..., :2] * weights, axis=0) / weights.sum(axis=0)
+    return {"first": mean[:, 0], "overlap": mean[:, 1]}
+
+
+def _rows(
+    context: EvalContext,
+    batch: Mapping[str, np.ndarray],
+    valid: np.ndarray,
+    recorded: Mapping[str, dict],
+    counts: Mapping[RoutingLayer, LayerCounts],
+) -> dict[str, np.ndarray]:
+    """The part of a record that shows single tokens."""
+    tokens = batch["tokens"][:ROWS]
+    kept = [
+        choices_of(recorded, layer, counted.experts)[1][:ROWS] for layer, counted in counts.items()
+    ]
+    most = max(ids.shape[-1] for ids in kept)
+    full = lambda ids: np.pad(ids, [(0, 0)] * 2 + [(0, most - ids.shape[-1])], constant_values=NONE)
+    pictures, places, grid = _pictures(context, {k: v[:ROWS] for k, v in batch.items()})
+    return {
+        "row_tokens": tokens,
+        "row_modality": batch["modality"][:ROWS],
+        "row_valid": valid[:ROWS],
+        "row_pieces": _pieces(context, tokens),
+        "row_experts": np.where(valid[:ROWS, :, None], np.stack([*map(full, kept)]), NONE),
+        "pictures": pictures,
+        "places": places,
+        "grid": grid,
+    }
+
+
+def _pieces(context: EvalContext, tokens: np.ndarray) -> np.ndarray:
+    """The text of each token; the names of marks; "" for the tokens of pictures and speech."""
+    vocabulary = context.pipeline.vocabulary
+    tokenizer = context.kept("text tokenizer", functools.partial(_text_tokenizer, context.config))
+
+    def piece(token: int) -> str:
+        ids = vocabulary.to_text_ids([token])
+        return tokenizer.decode(ids.tolist()) if len(ids) else _MARKS.get(token, "")
+
+    known = {int(token): piece(int(token)) for token in np.unique(tokens)}
+    return np.asarray([[known[int(token)] for token in row] for row in tokens])
+
+
+def _text_tokenizer(config: Config) -> Any:
+    from moejax.data.text_tokenizer import load_text_tokenizer
+
+    return load_text_tokenizer(config.data.text_tokenizer)
+
+
+def _pictures(context: EvalContext, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    """The first pictures of some rows as their tokens hold them, where they are, and their grid."""
+    from moejax.models.picture_codec import load_picture_codec
+
+    vocabulary, tokens = context.pipeline.vocabulary, batch["tokens"]
+    length = vocabulary.codes_per_image
+    places = []
+    if "image" in context.config.model.modalities:
+        for row, is_image in enumerate(vocabulary.is_image(tokens)):
+            starts = np.flatnonzero(np.diff(is_image, prepend=False) & is_image)
+            places += [(row, int(start)) for start in starts]
+    places = places[:PICTURES]
+    codec: Any = None
+    if places:
+        codec = context.kept("codec", functools.partial(load_picture_codec, context.config))
+    if codec is None:
+        return np.zeros((0, 1, 1, 3), np.uint8), np.zeros((0, 2), np.int32), np.ones(2, np.int32)
+    held = batch["latents"] if "latents" in batch else tokens - vocabulary.image_offset
+    pictures = codec.decode(np.stack([held[row, start : start + length] for row, start in places]))
+    return pictures, np.asarray(places, np.int32), np.asarray(codec.grid, np.int32)
+
+
+def _record(
+    model: Any, counts: dict[RoutingLayer, LayerCounts], tokens_m: np.ndarray, rows: dict
+) -> RoutingRecord:
+    widest = max(counted.experts for counted in counts.values())
+
+    def stacked(name: str, axes: int) -> np.ndarray:
+        values = [getattr(counted, name) for counted in counts.values()]
+        pads = [
+            [(0, 0)] * (value.ndim - axes) + [(0, widest - value.shape[-1])] * axes
+            for value in values
+        ]
+        return np.stack([np.pad(v, pad) for v, pad in zip(values, pads, strict=True)])
+
+    of_token = [counted.by_token.entropies() for counted in counts.values()]
+    moe = model.moe
+    kinds = {"zero": moe.zero_experts, "copy": moe.copy_experts, "constant": moe.constant_experts}
+    experts = np.asarray([counted.experts for counted in counts.values()], np.int32)
+    return RoutingRecord(
+        layers=np.asarray([layer.layer for layer in counts], np.int32),
+        iterations=np.asarray([layer.iteration for layer in counts], np.int32),
+        experts=experts,
+        num_ffn=experts - np.int32(moe.weightless),
+        modalities=np.asarray(model.modalities),
+        weightless=np.asarray(
+            [f"{kind} {i}" for kind, number in kinds.items() for i in range(number)], "U16"
+        ),
+        tokens=tokens_m,
+        chosen=stacked("chosen", 1),
+        kept=stacked("kept", 1),
+        together=stacked("together", 2),
+        dropped=stacked("dropped", 0),
+        choices=stacked("choices", 0),
+        expert_entropy=np.asarray([marginal for marginal, _ in of_token]),
+        token_entropy=np.asarray([given for _, given in of_token]),
+        shuffled_token_entropy=np.asarray([c.by_shuffled.entropies()[1] for c in counts.values()]),
+        modality_entropy=np.asarray([c.by_modality.entropies()[1] for c in counts.values()]),
+        **rows,
+    )
+
+
+def _values(record: RoutingRecord, sums: Any, layers: list[RoutingLayer]) -> dict[str, float]:
+    by_layer = []
+    for layer, num_ffn in zip(layers, record.num_ffn, strict=True):
+        own = jax.tree.map(lambda x, i=layer.index: jnp.asarray(x[i]), sums[layer.name])
+        by_layer.append(summarise(own, num_ffn=int(num_ffn)))
+    values = {
+        f"routing/{name}": float(np.mean([float(found[name]) for found in by_layer]))
+        for name in SUMMARIES
+    }
+    entropies = {f"routing/{name}": float(np.mean(getattr(record, name))) for name in ENTROPIES}
+    return {**values, **entropies}
