@@ -4,19 +4,19 @@ Nothing in it is fetched from anywhere: charts are inline SVG, pictures are data
 security policy forbids the rest.
 """
 
-import base64
 import dataclasses
 import datetime
 import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moejax.analysis.charts import COLORS, Level, Line, line_chart
-from moejax.analysis.report_page import Section, cards, gallery, page, table
+from moejax.analysis.charts import COLORS, Level, Line, line_chart, spread
+from moejax.analysis.report_page import Section, cards, data_uri, gallery, grid, page, table
+from moejax.analysis.report_routing import routing_keys, routing_section
 from moejax.analysis.run import Run, read_run
 from moejax.config import schema
 from moejax.config.schema import EvalConfig
@@ -73,6 +73,7 @@ def report_html(run: Run) -> str:
     sections = [
         Section("losses", "Loss per modality", _losses(run)),
         Section("samples", "Samples over time", _samples(run)),
+        Section("routing", "Routing", routing_section(run)),
         Section("measures", "Other measures", _measures(run)),
         Section("speed", "Speed and input", _speed(run)),
         Section("optimisation", "Optimisation", _optimisation(run)),
@@ -146,7 +147,7 @@ def _losses(run: Run) -> str:
     main, others = _loss_names(run)
     charts = [_loss_chart(run, name, name or "all targets") for name in main]
     more = [_loss_chart(run, name, name) for name in others]
-    return _grid(charts) + (f"<h3>Other terms</h3>{_grid(more)}" if any(more) else "")
+    return grid(charts) + (f"<h3>Other terms</h3>{grid(more)}" if any(more) else "")
 
 
 def _loss_chart(run: Run, name: str, title: str) -> str:
@@ -192,27 +193,17 @@ def _samples(run: Run) -> str:
         files = sorted(files)
         shown = spread(files, MOST_PICTURES)
         note = f", {len(shown)} of {len(files)} shown" if len(shown) < len(files) else ""
-        pictures = [(f"step {step}", _data_uri(path)) for step, path in shown]
+        pictures = [(f"step {step}", data_uri(path.read_bytes())) for step, path in shown]
         parts.append(gallery(f"{name.replace('_', ' ')}{note}", pictures))
     return "".join(parts)
-
-
-def spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most ``most`` of ``items``, evenly spread, the first and the last among them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
-
-
-def _data_uri(path: Path) -> str:
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
 def _measures(run: Run) -> str:
     """Everything evaluated that is neither a loss nor a baseline, and the training accuracies."""
     endings = []
+    elsewhere = routing_keys(run)
     for key in run.keys:
-        if key.startswith("eval/"):
+        if key.startswith("eval/") and key not in elsewhere:
             middle = key.removeprefix("eval/")
             head, slash, rest = middle.partition("/")
             endings.append(rest if slash and head in SPLITS else middle)
@@ -230,7 +221,7 @@ def _measures(run: Run) -> str:
         percent = quantity == "accuracy"
         levels = _levels(run, f"eval/{ending}")
         charts.append(line_chart(title, lines, levels, last_step=run.step, percent=percent))
-    return _grid(charts)
+    return grid(charts)
 
 
 def _speed(run: Run) -> str:
@@ -240,7 +231,7 @@ def _speed(run: Run) -> str:
         ("train/input_wait_fraction", "input wait, share of the steps' time", True),
         ("train/utilisation", "utilisation (model FLOPs over the peak)", True),
     )
-    return _grid(_single(run, key, title, percent) for key, title, percent in wanted)
+    return grid(_single(run, key, title, percent) for key, title, percent in wanted)
 
 
 def _optimisation(run: Run) -> str:
@@ -248,7 +239,7 @@ def _optimisation(run: Run) -> str:
     charts = [_single(run, f"train/{key}", title) for key, title in wanted]
     if run.last("train/skipped"):
         charts.append(_single(run, "train/skipped", "steps skipped"))
-    return _grid(charts)
+    return grid(charts)
 
 
 def _single(run: Run, key: str, title: str, percent: bool = False) -> str:
@@ -258,11 +249,6 @@ def _single(run: Run, key: str, title: str, percent: bool = False) -> str:
         return ""
     line = Line("train", points, _TRAIN)
     return line_chart(title, [line], last_step=run.step, percent=percent, zero=True, legend=False)
-
-
-def _grid(charts: Iterable[str]) -> str:
-    found = [chart for chart in charts if chart]
-    return f"<div class='grid'>{''.join(found)}</div>" if found else ""
 
 
 def _metrics(run: Run) -> str:

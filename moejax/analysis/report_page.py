@@ -1,10 +1,16 @@
 """The HTML of a report: tables, pictures, and the page around the sections."""
 
+import base64
 import dataclasses
-from collections.abc import Collection, Sequence
+import io
+from collections.abc import Collection, Iterable, Sequence
 from html import escape
 
+import numpy as np
+from PIL import Image
+
 from moejax.analysis.charts import HOVER, LEVEL_COLOR
+from moejax.analysis.heatmaps import MAP_HOVER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,24 @@ def gallery(title: str, pictures: Sequence[tuple[str, str]]) -> str:
     return f"<h3>{escape(title)}</h3><div class='gallery'>{''.join(figures)}</div>"
 
 
+def grid(charts: Iterable[str]) -> str:
+    """Charts beside each other; those that are "" are left out."""
+    found = [chart for chart in charts if chart]
+    return f"<div class='grid'>{''.join(found)}</div>" if found else ""
+
+
+def data_uri(png: bytes) -> str:
+    """The address of a picture that lies in the page itself."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def picture_uri(image: np.ndarray) -> str:
+    """:func:`data_uri` of [h, w, 3] uint8."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, format="PNG")
+    return data_uri(file.getvalue())
+
+
 def page(title: str, about: str, status: str, summary: str, sections: Sequence[Section]) -> str:
     """The whole document; its first line is what a report is told by."""
     links = "".join(f'<a href="#{s.anchor}">{escape(s.title)}</a>' for s in sections)
@@ -71,7 +95,7 @@ def page(title: str, about: str, status: str, summary: str, sections: Sequence[S
 <nav>{links}</nav>
 <main>{body}</main>
 <div id="tip" hidden></div>
-<script>{HOVER}</script>
+<script>{HOVER}{MAP_HOVER}</script>
 </body>
 </html>
 """
@@ -113,6 +137,14 @@ svg .tick {{ stroke: #e8ebef; }}
 svg .axis {{ stroke: #8b95a3; }}
 svg .level {{ stroke: {LEVEL_COLOR}; stroke-width: 1.6; stroke-dasharray: 5 4; }}
 svg .pointer {{ stroke: #8b95a3; }}
+svg .frame {{ fill: none; stroke: #8b95a3; }}
+svg .over {{ opacity: .78; }}
+svg use {{ filter: grayscale(1); }}
+.tokens span {{ display: inline-block; min-width: .7em; padding: 0 .18em; text-align: center;
+  white-space: pre; border: 1px solid #fff; border-radius: 3px; }}
+.patches td {{ padding: .2rem .5rem .2rem 0; border: 0; vertical-align: middle; }}
+.patches svg {{ display: block; }}
+code {{ font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .9em; }}
 .legend {{ display: flex; flex-wrap: wrap; gap: .1rem 1.1rem; padding-left: 2.5rem;
   font-size: .84rem; color: #333b46; }}
 .legend i {{ display: inline-block; width: 1.5rem; margin-right: .4rem; vertical-align: middle; }}
