@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ REGISTRIES = {
     "sources": ("data.source", "moejax.data.sources", "SOURCES"),
     "optimizers": ("optim.name", "moejax.train.optim", "OPTIMIZERS"),
     "evaluators": ("eval.metrics", "moejax.train.evaluate", "EVALUATORS"),
+    "routers": ("model.moe.router.name", "moejax.routing", "ROUTERS"),
+    "scores": ("model.moe.score.name", "moejax.routing", "SCORES"),
+    "losses": ("model.moe.losses", "moejax.routing", "ROUTER_LOSSES"),
 }
 KINDS = ("configs", *REGISTRIES)
 
@@ -42,6 +46,8 @@ def run(argv: list[str]) -> int:
         width = max(map(len, names), default=0)
         for row, name in zip(found[kind], names, strict=True):
             print(f"  {name:<{width}}  {_line(row)}".rstrip())
+            if row.get("options"):
+                print("\n".join(_option_lines(row["options"], width + 4)))
     return 0
 
 
@@ -51,7 +57,15 @@ def rows(kind: str) -> list[dict[str, Any]]:
         return [row for name, path in short_names().items() for row in _config_rows(name, path)]
     _, module, attribute = REGISTRIES[kind]
     registry: Registry = getattr(importlib.import_module(module), attribute)
-    return [{"name": name, "summary": _summary(registry.get(name))} for name in registry]
+    return [_entry_row(name, registry.get(name)) for name in registry]
+
+
+def _entry_row(name: str, entry: Any) -> dict[str, Any]:
+    """The row of a registered entry; those that a config gives options have them, with defaults."""
+    row: dict[str, Any] = {"name": name, "summary": _summary(getattr(entry, "function", entry))}
+    if hasattr(entry, "defaults"):
+        row["options"] = dict(entry.defaults())
+    return row
 
 
 def config_args(name: str) -> tuple[str, ...]:
@@ -93,6 +107,13 @@ def _line(row: dict[str, Any]) -> str:
     total, active = row["total_params"], row["active_params"]
     size = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")
     return ", ".join(part for part in (row["family"], size, row["paper"]) if part)
+
+
+def _option_lines(options: dict[str, Any], indent: int) -> list[str]:
+    """``name=default, ...`` in lines."""
+    text = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    margin = " " * indent
+    return textwrap.wrap(text, 100, initial_indent=margin, subsequent_indent=margin)
 
 
 def _field(kind: str) -> str:

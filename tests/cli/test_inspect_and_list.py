@@ -71,12 +71,27 @@ def test_list_configs_json(capsys):
         ("objectives", "next_token"),
         ("sources", "folder"),
         ("optimizers", "adamw"),
-        ("evaluators", "likelihood"),
+        ("evaluators", "routing"),
+        ("routers", "top_k"),
+        ("scores", "linear"),
+        ("losses", "switch"),
     ],
 )
 def test_list_registries(capsys, kind, name):
     assert name in [row["name"] for row in json.loads(output(capsys, "list", kind, "--json"))]
     assert f"  {name}" in output(capsys, "list", kind)
+
+
+def test_list_routers_with_their_options(capsys):
+    rows = {row["name"]: row for row in json.loads(output(capsys, "list", "routers", "--json"))}
+    assert rows["top_k"]["options"]["normalise"] == "softmax"
+    assert rows["top_k"]["options"]["top_k"] == 2
+    text = output(capsys, "list", "routers")
+    assert text.startswith("routers (model.moe.router.name):\n")
+    assert "top_k=2, normalise='softmax', normalise_first=True" in text
+    assert max(map(len, text.splitlines())) <= 120
+    losses = {row["name"]: row for row in json.loads(output(capsys, "list", "losses", "--json"))}
+    assert losses["switch"]["options"] == {"per": "batch"} and losses["switch"]["summary"]
 
 
 def test_list_everything(capsys):
