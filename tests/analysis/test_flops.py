@@ -20,6 +20,12 @@ from moejax.nn.block import BLOCKS, dense_block
 from moejax.nn.patch_adapter import patch_adapter
 
 SMALL = {"data.batch_size": 2, "data.sequence_length": 64}
+MOE = {
+    "model.block_pattern": ("moe:6", "untied"),
+    "model.moe.top_k": 2,
+    "model.moe.hidden": 40,
+    "model.moe.shared_hidden": 24,
+}
 UNTIED = {f"model.untie.{name}": True for name in ("qkv", "out", "ffn", "norms", "final_norm")}
 
 
@@ -62,6 +68,24 @@ def test_program_does_what_the_formula_says(overrides):
     assert formula is not None
     assert counted.forward.nominal == pytest.approx(formula.forward, rel=1e-9)
     assert counted.training.nominal == pytest.approx(formula.training, rel=1e-9)
+
+
+def test_experts_cost_what_the_formula_says():
+    """The formula leaves out the sums over tokens that statistics of the routing are made of."""
+    config = load_config("chameleon", {**SMALL, **MOE})
+    formula, counted = token_flops(config), counted_flops(config)
+    assert formula is not None
+    for value, program in (
+        (formula.forward, counted.forward),
+        (formula.training, counted.training),
+    ):
+        assert value < program.nominal < value * 1.0001
+    more = token_flops(load_config("chameleon", {**SMALL, **MOE, "model.moe.top_k": 3}))
+    assert more is not None
+    # One more expert of three matrices, in half of the layers.
+    layers = config.model.num_layers // 2
+    expert = 2 * 3 * config.model.d_model * config.model.moe.hidden
+    assert more.forward - formula.forward == pytest.approx(layers * expert, rel=1e-9)
 
 
 @pytest.mark.parametrize("adapter", ["linear", "unet"])

@@ -7,13 +7,22 @@ import numpy as np
 import pytest
 from flax.core import meta
 
+from moejax.config.moe import MoEConfig, ScoreConfig
 from moejax.config.schema import DecoderConfig, UntieConfig
 from moejax.data.vocabulary import BOI, BOS, EOI, EOS, Vocabulary
 from moejax.models.decoder import build_decoder
 
 VOCABULARY = Vocabulary(text_size=20, image_codes=12, codes_per_image=4)
 UNTIED = UntieConfig(qkv=True, out=True, ffn=True, norms=True, final_norm=True)
-KINDS = {"dense": UntieConfig(), "mot": UNTIED}
+KINDS = {
+    "dense": {},
+    "mot": {"untie": UNTIED},
+    # Also with logits that go from layer to layer, and two caches in a layer.
+    "moe": {
+        "block_pattern": ("moe", "shortcut_moe"),
+        "moe": MoEConfig(num_experts=4, hidden=16, score=ScoreConfig(gating_residual=True)),
+    },
+}
 
 
 def batch_of(rows) -> dict:
@@ -45,7 +54,7 @@ class Tiny:
             num_heads=4,
             num_kv_heads=2,
             ffn_hidden=(48,),
-            untie=KINDS[kind],
+            **KINDS[kind],
         )
         self.model = build_decoder(config)
         init = jax.jit(functools.partial(self.model.init, train=False))
@@ -69,7 +78,7 @@ def _tiny(kind: str) -> Tiny:
 
 @pytest.fixture(params=sorted(KINDS))
 def tiny(request) -> Tiny:
-    """Both kinds of decoder in turn."""
+    """Each kind of decoder in turn."""
     return _tiny(request.param)
 
 

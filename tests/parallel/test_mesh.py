@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from flax.core import meta
 
+from moejax.config.moe import BalanceConfig, MoEConfig, RouterConfig, RouterLossConfig
+from moejax.config.options import Options
 from moejax.config.schema import (
     Config,
     DataConfig,
@@ -18,7 +20,9 @@ from moejax.config.schema import (
 )
 from moejax.errors import UserError
 from moejax.models.decoder import build_decoder
+from moejax.objectives.base import Objective
 from moejax.objectives.next_token import next_token
+from moejax.objectives.routing import with_routing
 from moejax.parallel.mesh import batch_sharding, check_mesh, make_mesh, mesh_shape
 from moejax.parallel.rules import state_shardings
 
@@ -32,6 +36,28 @@ MODEL = DecoderConfig(
     untie=UNTIED,
     dtype="float64",
 )
+
+CHOSEN_BY_EXPERTS = RouterConfig("expert_choice", Options(causal_rule="none", normalise="sigmoid"))
+MOE = {
+    # Layers of experts that are split over devices, with every loss that is no ratio of sums.
+    "top_k": dataclasses.replace(
+        MODEL,
+        block_pattern=("moe",),
+        moe=MoEConfig(
+            num_experts=4,
+            hidden=16,
+            shared_hidden=8,
+            balance=BalanceConfig("sign"),
+            losses=(RouterLossConfig("switch", 0.1), RouterLossConfig("z", 0.1)),
+        ),
+    ),
+    # A routing group that is the whole batch, wherever its tokens lie.
+    "expert_choice": dataclasses.replace(
+        MODEL,
+        block_pattern=("moe",),
+        moe=MoEConfig(num_experts=4, hidden=16, router=CHOSEN_BY_EXPERTS, routing_group=0),
+    ),
+}
 
 
 def test_minus_one_takes_the_devices_that_are_left():
@@ -79,41 +105,52 @@ def batch_of(rows=8, length=12):
     }
 
 
-@pytest.fixture(scope="module")
-def gradients_on():
+def gradients_on(config: DecoderConfig, mesh_config: MeshConfig, devices):
     """Loss and gradients of one batch, and the parameters' shards, on a mesh."""
-    model, objective = build_decoder(MODEL), next_token(NextTokenConfig(), MODEL)
+    model = build_decoder(config)
+    objective = with_routing(Objective(next_token(NextTokenConfig(), config)), config)
 
     def loss(params, batch):
         outputs = model.apply({"params": params}, batch, train=True)
         return objective(outputs, batch).total()
 
-    def run(mesh_config, devices):
-        with jax.enable_x64(True):
-            mesh = make_mesh(mesh_config, devices)
-            batch = batch_of()
-            boxed = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
-            shardings = state_shardings(mesh, boxed)
-            with jax.set_mesh(mesh):
-                init = jax.jit(
-                    lambda key: meta.unbox(model.init(key, batch)["params"]),
-                    out_shardings=shardings,
-                )
-                params = init(jax.random.key(0))
-                batch = jax.device_put(batch, batch_sharding(mesh))
-                value, gradients = jax.jit(jax.value_and_grad(loss))(params, batch)
-            return float(value), jax.device_get(gradients), params
-
-    return run
+    with jax.enable_x64(True):
+        mesh = make_mesh(mesh_config, devices)
+        batch = batch_of()
+        boxed = jax.eval_shape(model.init, jax.random.key(0), batch)["params"]
+        shardings = state_shardings(mesh, boxed)
+        with jax.set_mesh(mesh):
+            init = jax.jit(
+                lambda key: meta.unbox(model.init(key, batch)["params"]), out_shardings=shardings
+            )
+            params = init(jax.random.key(0))
+            batch = jax.device_put(batch, batch_sharding(mesh))
+            value, gradients = jax.jit(jax.value_and_grad(loss))(params, batch)
+        return float(value), jax.device_get(gradients), params
 
 
-def test_eight_devices_equal_one(gradients_on):
-    value, gradients, _ = gradients_on(MeshConfig(data=1), jax.devices()[:1])
-    for mesh in (MeshConfig(data=8), MeshConfig(data=2, fsdp=2, expert=2)):
-        other_value, other, params = gradients_on(mesh, jax.devices())
+@pytest.mark.parametrize("kind", ["mot", *MOE])
+def test_eight_devices_equal_one(kind):
+    config = MOE.get(kind, MODEL)
+    value, gradients, _ = gradients_on(config, MeshConfig(data=1), jax.devices()[:1])
+    meshes = [MeshConfig(data=2, fsdp=2, expert=2)]
+    if kind == "mot":
+        meshes.append(MeshConfig(data=8))
+    for mesh in meshes:
+        other_value, other, params = gradients_on(config, mesh, jax.devices())
         assert other_value == pytest.approx(value, rel=1e-12)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), gradients, other
         )
-        wi = params["stack"]["segment_0"]["block_0"]["ffn"]["wi_mdf"]
-        assert wi.addressable_shards[0].data.size == wi.size // mesh.fsdp
+        block = params["stack"]["segment_0"]["block_0"]
+        if kind == "mot":
+            wi, shards = block["ffn"]["wi_mdf"], mesh.fsdp
+        else:
+            wi, shards = block["moe"]["experts"]["wi_edf"], mesh.fsdp * mesh.expert
+        assert wi.addressable_shards[0].data.size == wi.size // shards
+
+
+def test_experts_have_to_divide_over_their_devices():
+    model = dataclasses.replace(MOE["top_k"], moe=MoEConfig(num_experts=6))
+    with pytest.raises(UserError, match="mesh.expert=4: does not divide model.moe.num_experts=6"):
+        check_mesh(Config(model=model, mesh=MeshConfig(data=2, expert=4)), 8)

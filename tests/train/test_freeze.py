@@ -176,7 +176,7 @@ def test_gradient_norm_and_clipping_leave_out_what_is_frozen(fake_data):
         batch = put_batch(free.pipeline.batch(0), free.mesh)
         params = free.recipe.create().params
         params = {**params, "gain_md": params["gain_md"].at[0, 0].set(-0.0)}
-        grads, _ = jax.grad(loss, has_aux=True)(params, batch, jax.random.key(0))
+        grads, _ = jax.grad(loss, has_aux=True)(params, batch, jax.random.key(0), 0)
     grads = jax.device_get({"head_dv": grads["head_dv"], "gain_md": grads["gain_md"][1]})
     norm = np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in grads.values()))
     config = make_config(optim__freeze=FROZEN, optim__weight_decay=0.0, **options)

@@ -23,7 +23,7 @@ def first_gradients(setup):
     state = setup.recipe.create()
     with jax.set_mesh(setup.mesh):
         batch = put_batch(setup.pipeline.batch(0), setup.mesh)
-        (value, _), grads = grad(state.params, batch, jax.random.key(0))
+        (value, _), grads = grad(state.params, batch, jax.random.key(0), state.step)
     return float(value), jax.device_get(grads)
 
 
