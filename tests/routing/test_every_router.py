@@ -241,7 +241,7 @@ def test_evaluation_draws_nothing(name, make_inputs):
 
 @pytest.mark.parametrize("policy", ["order", "priority", "weight", "recycle"])
 def test_capacity_conserves(name, policy, make_inputs):
-    """kept + dropped + no choice = N K; nobody has more than its places; enough of them drop none."""
+    """Choices are kept or dropped, nobody has more than its places, enough places drop none."""
     if not is_sparse(name):
         pytest.skip("soft routing drops nothing")
     inputs = make_inputs()
