@@ -34,7 +34,8 @@ def weightless_output(
     out = x_btd * jnp.where(copied, gates_btk, 0).sum(axis=-1, keepdims=True)
     if constant_gate_edk is None or constant_ed is None:
         return out
-    chosen = ids_btk[..., None] - first_constant == jnp.arange(constant_ed.shape[0])
+    numbers = jnp.arange(constant_ed.shape[0])[None, None, None]
+    chosen = ids_btk[..., None] - first_constant == numbers
     gates_bte = jnp.where(chosen, gates_btk[..., None], 0).sum(axis=-2)
     mix = jax.nn.softmax(jnp.einsum("btd,edk->btek", x_btd, constant_gate_edk), axis=-1)
     of_x = (gates_bte * mix[..., 0]).sum(axis=-1, keepdims=True)
