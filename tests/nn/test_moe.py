@@ -251,13 +251,15 @@ def test_losses_of_two_microbatches_are_those_of_the_batch():
     run, objective = model(config), objective_of(config)
     one, two = make_batch(0), make_batch(1)
     both = {name: np.concatenate([one[name], two[name]]) for name in one}
-    sums = [objective(run.apply(run.params, b, train=True), b) for b in (one, two, both)]
+    on_device = [jax.tree.map(jnp.asarray, b) for b in (one, two, both)]
+    sums = [objective(run.apply(run.params, b, train=True), b) for b in on_device]
     total = sums[0] + sums[1]
     np.testing.assert_allclose(total.total(), sums[2].total(), rtol=1e-5)
     for name, value in total.derived_values().items():
         np.testing.assert_allclose(value, sums[2].derived_values()[name], rtol=1e-4, atol=1e-6)
     # Once for each of the two layers.
     without = dataclasses.replace(config, moe=dataclasses.replace(config.moe, losses=()))
+    both = on_device[2]
     plain = objective_of(without)(model(without).apply(run.params, both, train=True), both)
     means = sums[2].derived_values()
     expected = sum(2 * 0.1 * means[f"router/{loss.name}"] for loss in losses)
