@@ -11,8 +11,13 @@ from moejax.ops.untied import swiglu
 ACTIVATIONS: dict[str, Callable] = {"swiglu": swiglu, "gelu": jax.nn.gelu}
 
 
+def activation_named(name: str) -> Callable:
+    """The function of that name; ValueError if there is none."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"no activation {name!r}: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
 def activate(h: Float[Array, "*rows _"], activation: str) -> Float[Array, "*rows _"]:
-    """The activation of that name; ValueError if there is none."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"no activation {activation!r}: {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[activation](h)
+    """The activation of that name on the last axis."""
+    return activation_named(activation)(h)

@@ -1,10 +1,10 @@
-"""Rows sorted by expert, one matmul for each group of them: active FLOPs, nothing dropped."""
+"""Rows sorted by expert, each expert on its own rows: active FLOPs, nothing dropped."""
 
 from jaxtyping import Array, Float
 
-from moejax.experts.activations import activate
+from moejax.experts.activations import activation_named
 from moejax.experts.layout import DispatchLayout
-from pallas_kernels import combine_rows, dispatch_rows, grouped_matmul
+from pallas_kernels import grouped_mlp
 
 
 def dropless_mlp(
@@ -17,8 +17,14 @@ def dropless_mlp(
     backend: str = "auto",
 ) -> Float[Array, "t d"]:
     """The MLP on rows in the order of ``layout``."""
-    rows = dispatch_rows(x_td, layout.token, layout.row)
-    h_rf = grouped_matmul(rows, wi_edf, layout.group_sizes, backend=backend)
-    hidden_rf = activate(h_rf, activation)
-    y_rd = grouped_matmul(hidden_rf, wo_efd, layout.group_sizes, backend=backend)
-    return combine_rows(y_rd, layout.token, layout.row, gates)
+    return grouped_mlp(
+        x_td,
+        wi_edf,
+        wo_efd,
+        layout.token,
+        layout.row,
+        layout.group_sizes,
+        gates,
+        activation=activation_named(activation),
+        backend=backend,
+    )

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels.rows import sort_by_group
+
 
 class DispatchLayout(NamedTuple):
     """Rows sorted by expert; rows past ``group_sizes.sum()`` belong to nobody.
@@ -34,14 +36,11 @@ def dispatch_layout(
     """
     t, k = expert_ids.shape
     rows = min(max_rows or t * k, t * k)
-    flat = expert_ids.reshape(-1)
-    flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    inverse = jnp.argsort(order).astype(jnp.int32).reshape(t, k)
-    chosen = flat.reshape(t, k) < num_experts
-    counts = (flat[:, None] == jnp.arange(num_experts)[None]).sum(axis=0, dtype=jnp.int32)
+    by_expert = sort_by_group(expert_ids.reshape(-1), num_experts)
+    inverse = by_expert.inverse.reshape(t, k)
+    has_row = (expert_ids >= 0) & (expert_ids < num_experts) & (inverse < rows)
     return DispatchLayout(
-        token=order[:rows] // k,
-        row=jnp.where(chosen & (inverse < rows), inverse, rows),
-        group_sizes=counts,
+        token=by_expert.order[:rows] // k,
+        row=jnp.where(has_row, inverse, rows),
+        group_sizes=by_expert.sizes,
     )

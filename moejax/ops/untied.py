@@ -1,18 +1,20 @@
 """Linear maps and SwiGLU with weights of one's own for each modality, at dense FLOPs.
 
 Tokens are sorted by modality once per forward (:func:`modality_layout`); each map gathers its
-rows into that order, runs one grouped matmul, and gathers the result back. A leading modality
-axis of size one means "shared": then it is an ordinary matmul and nothing is sorted.
+rows into that order, multiplies each modality's by its own weight, and gathers the result back. A
+leading modality axis of size one means "shared": then it is an ordinary matmul and nothing is
+sorted.
 Mixture-of-Transformers, arXiv 2411.04996, Alg. 1.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import grouped_matmul
+from pallas_kernels import grouped_matmul, grouped_mlp, sort_by_group
 from pallas_kernels.varying import cast_to_common_varying
 
 
@@ -26,11 +28,8 @@ class ModalityLayout(NamedTuple):
 
 def modality_layout(modality_bt: Int[Array, "b t"], num_modalities: int) -> ModalityLayout:
     """The stable sort of the tokens by modality, its inverse, and the counts."""
-    flat = modality_bt.reshape(-1)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    inverse = jnp.argsort(order).astype(jnp.int32)
-    counts = (flat[:, None] == jnp.arange(num_modalities)[None]).sum(axis=0, dtype=jnp.int32)
-    return ModalityLayout(order[None], inverse[None], counts[None])
+    by_modality = sort_by_group(modality_bt.reshape(-1), num_modalities)
+    return ModalityLayout(*(ints[None] for ints in by_modality))
 
 
 @jax.custom_vjp
@@ -90,12 +89,23 @@ def untied_swiglu(
     hidden widths, one stack of size 1 for each modality in order. Gate and up projections lie
     side by side in ``wi``.
     """
-    rows, sizes = _rows(x_btd, layout), layout.group_sizes[0]
-    out = jnp.zeros_like(rows)
-    for offset, (wi_mdf, wo_mfd) in enumerate(zip(wi, wo, strict=True)):
-        hidden = swiglu(grouped_matmul(rows, wi_mdf, sizes, group_offset=offset, backend=backend))
-        out += grouped_matmul(hidden, wo_mfd, sizes, group_offset=offset, backend=backend)
-    return _tokens(out, layout, x_btd.shape)
+    tokens = x_btd.reshape(-1, x_btd.shape[-1])
+    order, inverse = layout.order[0], layout.inverse[0][:, None]
+    outputs = (
+        grouped_mlp(
+            tokens,
+            wi_mdf,
+            wo_mfd,
+            order,
+            inverse,
+            layout.group_sizes[0],
+            activation=swiglu,
+            group_offset=offset,
+            backend=backend,
+        )
+        for offset, (wi_mdf, wo_mfd) in enumerate(zip(wi, wo, strict=True))
+    )
+    return functools.reduce(jnp.add, outputs).reshape(x_btd.shape)
 
 
 def swiglu(h_tf: Float[Array, "*rows ff"]) -> Float[Array, "*rows f"]:

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dtypes import sum_dtype
 from pallas_kernels.rows import reference, xla
 from pallas_kernels.varying import cast_to_common_varying
 
@@ -117,4 +118,4 @@ _combine.defvjp(_combine_fwd, _combine_bwd)
 
 def _row_dots(a_rd, b_rd):
     """[rows], without a contraction: they are a row's worth of multiplies, not a matmul."""
-    return (a_rd.astype(xla.sum_dtype(a_rd, b_rd)) * b_rd).sum(axis=1)
+    return (a_rd.astype(sum_dtype(a_rd, b_rd)) * b_rd).sum(axis=1)

@@ -8,15 +8,11 @@ gathered instead, in both directions.
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.dtypes import sum_dtype
 from pallas_kernels.varying import cast_to_common_varying
 
 # Choices summed one after the other in straight code; with more, most are taken to be empty.
 _MAX_UNROLLED = 16
-
-
-def sum_dtype(*arrays):
-    """Of sums over ``arrays`` (None among them): float32 or wider."""
-    return jnp.promote_types(jnp.result_type(*(a for a in arrays if a is not None)), jnp.float32)
 
 
 def gather_rows(x_td, token, scale=None):
@@ -29,7 +25,7 @@ def gather_rows(x_td, token, scale=None):
 
 
 def sum_rows(y_rd, row, gates=None):
-    """``sum_j gates[t, j] * y[row[t, j]]`` over the choices whose row is in [0, rows)."""
+    """``sum_j gates[t, j] * y[row[t, j]]`` over the choices whose row is less than rows."""
     (t, k), (rows, d) = row.shape, y_rd.shape
     dtype = sum_dtype(y_rd, gates)
 

@@ -1,0 +1,71 @@
+"""Portable grouped MLP: a loop over row tiles on CPU, ``lax.ragged_dot`` elsewhere."""
+
+import functools
+from typing import NamedTuple
+
+from jax import lax
+
+from pallas_kernels.costs import Cost, costed_jit
+from pallas_kernels.grouped_mlp import loop, ragged
+from pallas_kernels.tiles import worst_case_rows
+
+
+def forward(x_td, wi_edf, wo_efd, token, row, group_sizes, scale, **options):
+    """(out [t, d], h [rows, _] or None): tokens' sums, and what the first matrix gave.
+
+    ``scale`` is the gate of each row, zero for rows of nobody, or None; ``options`` are
+    ``activation``, ``group_offset`` and ``keep_hidden``.
+    """
+    operands = (x_td, wi_edf, wo_efd, token, row, group_sizes, scale)
+    return _program("forward", _Shape.of(*operands), **options)(*operands)
+
+
+def backward(x_td, wi_edf, wo_efd, token, row, group_sizes, scale, h_rf, dout_td, **options):
+    """(dx [t, d], dwi, dwo, dscale [rows] or None); ``options`` without ``keep_hidden``."""
+    operands = (x_td, wi_edf, wo_efd, token, row, group_sizes, scale)
+    return _program("backward", _Shape.of(*operands), **options)(*operands, h_rf, dout_td)
+
+
+class _Shape(NamedTuple):
+    rows: int
+    d: int
+    wide: int
+    f: int
+    num_local: int
+    num_groups: int
+
+    @classmethod
+    def of(cls, x_td, wi_edf, wo_efd, token, row, group_sizes, scale):
+        del x_td, row, scale
+        e, d, wide = wi_edf.shape
+        return cls(token.shape[0], d, wide, wo_efd.shape[1], e, group_sizes.shape[0])
+
+    def name(self, direction: str) -> str:
+        sizes = f"{self.rows}x{self.d}x{self.wide}x{self.f}"
+        return f"moejax_grouped_mlp_{direction}_{sizes}_{self.num_local}of{self.num_groups}"
+
+    def cost(self, direction: str) -> Cost:
+        """With a part of the groups, nominal is their share of evenly filled groups."""
+        per_row = 2.0 * self.d * (self.wide + self.f) * (2 if direction == "backward" else 1)
+        return Cost(
+            nominal=per_row * self.rows * self.num_local / self.num_groups,
+            visited=per_row * worst_case_rows(self.rows, self.num_local),
+        )
+
+
+# direction -> (on CPU, elsewhere)
+_KERNELS = {
+    "forward": (loop.forward, ragged.forward),
+    "backward": (loop.backward, ragged.backward),
+}
+
+
+@functools.cache
+def _program(direction: str, shape: _Shape, **options):
+    """The jitted kernel of these shapes and static options."""
+    on_cpu, elsewhere = (functools.partial(run, **options) for run in _KERNELS[direction])
+
+    def run(*operands):
+        return lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
+
+    return costed_jit(run, shape.name(direction), shape.cost(direction))
