@@ -48,9 +48,8 @@ def expert_color(expert: int) -> str:
         return hex_color(NOTHING)
     if expert < len(_PALETTE):
         return _PALETTE[expert]
-    return (
-        f"hsl({round(expert * 137.508) % 360} {55 + 15 * (expert % 3)}% {45 + 14 * (expert % 4)}%)"
-    )
+    hue, light = round(expert * 137.508) % 360, 62 + 7 * (expert % 4)
+    return f"hsl({hue} {60 + 15 * (expert % 3)}% {light}%)"
 
 
 def ink(color: str) -> str:
@@ -132,7 +131,10 @@ def _cells(shares: np.ndarray, left: float, across: float, cell: float) -> list[
             path = f"M{x:.2f} {y:.2f}h{across:.2f}v{cell:.2f}h-{across:.2f}z"
             paths.setdefault(level, []).append(path)
     fill = {level: shade(level / _SHADES if level >= 0 else math.nan) for level in paths}
-    return [f'<path fill="{hex_color(fill[k])}" d="{"".join(v)}"/>' for k, v in paths.items()]
+    return [
+        f'<path shape-rendering="crispEdges" fill="{hex_color(fill[k])}" d="{"".join(v)}"/>'
+        for k, v in paths.items()
+    ]
 
 
 def _labelled(count: int, size: float, needed: float) -> range:

@@ -69,7 +69,7 @@ def routing(context: EvalContext) -> EvalResult:
         if sums is None:
             layers = routing_layers(model, depths(recorded))
             for layer in layers:
-                experts = recorded[layer.name]["logits"].shape[-1] - model.moe.shared_competing
+                experts = num_experts(recorded, layer, model)
                 counts[layer] = LayerCounts(experts, len(model.modalities))
         statistics = {name: value["statistics"] for name, value in recorded.items()}
         statistics = jax.tree.map(lambda x: np.asarray(x, np.float64), statistics)
@@ -141,7 +141,7 @@ def _inner(aux: Mapping[str, Any], name: str) -> dict[str, Any]:
         raise UserError(
             "eval.metrics: 'routing' is about choices, and model.moe.router.name makes none"
         )
-    wanted = ("statistics", "expert_ids", "chosen_ids", "weights", "logits")
+    wanted = ("statistics", "expert_ids", "chosen_ids", "weights")
     return {key: aux[key] for key in wanted}
 
 
@@ -155,10 +155,18 @@ def depths(recorded: Mapping[str, dict]) -> dict[str, int]:
     return {name: len(value["expert_ids"]) for name, value in recorded.items()}
 
 
+def num_experts(recorded: Mapping[str, dict], layer: RoutingLayer, model: Any) -> int:
+    """What a token of the layer chooses from: all columns but shared experts."""
+    return recorded[layer.name]["statistics"]["chosen_me"].shape[-1] - model.moe.shared_competing
+
+
 def choices_of(
     recorded: Mapping[str, dict], layer: RoutingLayer, experts: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """([b, t, k] chosen, kept) in a layer; what is kept in the order of the weights."""
+    """([b, t, k] chosen, kept) in a layer; what is kept in the order of the weights.
+
+    NONE stands where there is no choice.
+    """
     own = {key: recorded[layer.name][key] for key in ("expert_ids", "chosen_ids", "weights")}
     ids, chosen, weights = (value[layer.index] for value in own.values())
     return np.where(chosen < experts, chosen, NONE), by_weight(ids, weights, experts)
@@ -184,7 +192,7 @@ def routing_agreement(context: EvalContext, params: Any, others: Any) -> dict[st
             valid = valid_tokens(batch)
             row = []
             for layer in routing_layers(model, depths(ours)):
-                experts = ours[layer.name]["logits"].shape[-1] - model.moe.shared_competing
+                experts = num_experts(ours, layer, model)
                 a, b = (choices_of(each, layer, experts)[1][valid] for each in (ours, theirs))
                 row.append((agreement(a, b), overlap(a, b), len(a)))
             found.append(row)

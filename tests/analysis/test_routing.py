@@ -208,7 +208,7 @@ def test_heatmap_holds_its_values_and_its_scale():
     assert "a &lt; b" in text and "100%" in text
     # Four cells in four shades, each of half the width.
     left, _, width, height = data["box"]
-    cells = re.findall(r'<path fill="(#\w+)" d="M([\d.]+) [\d.]+h([\d.]+)v([\d.]+)', text)
+    cells = re.findall(r'<path [^>]*fill="(#\w+)" d="M([\d.]+) [\d.]+h([\d.]+)v([\d.]+)', text)
     assert len({color for color, *_ in cells}) == 4
     assert {float(w) for _, _, w, _ in cells} == {width / 2}
     assert {float(h) for *_, h in cells} == {height / 2}
