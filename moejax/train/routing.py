@@ -222,7 +222,7 @@ def _rows(
         "row_modality": batch["modality"][:ROWS],
         "row_valid": valid[:ROWS],
         "row_pieces": _pieces(context, tokens),
-        "row_experts": np.where(valid[:ROWS, :, None], np.stack([*map(full, kept)]), NONE),
+        "row_experts": np.stack([*map(full, kept)]),
         "pictures": pictures,
         "places": places,
         "grid": grid,

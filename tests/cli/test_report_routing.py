@@ -24,7 +24,7 @@ def write_run(workdir, fields):
     rows, loads = [], []
     for step in range(2, 42, 2):
         rows.append({"step": step, "train/loss": 5.0, "train/router/max_violation": step / 10})
-        layer = {"load": [[step, 60 - step, 0, 20], [0, 0, 20, 0]], "dropped": 3}
+        layer = {"load": [[step, 60 - step, 0, 10], [10, 0, 20, 0]], "dropped": 3}
         loads.append({"step": step, "layers": [{"layer": n, **layer} for n in (1, 3)]})
     rows.append({"step": 40, "eval/routing/token_entropy": 0.5, "eval/text/loss": 3.0})
     rows[-1]["eval/routing/shuffled_token_entropy"] = 0.75
@@ -113,7 +113,7 @@ def test_loads_over_time(workdir):
     data = json.loads(unescape(titled[1]))
     assert data["rows"] == ["0", "1", "2", "3"]
     assert data["columns"] == [str(step) for step in range(2, 42, 2)]
-    assert [row[4] for row in data["values"]] == [0.1, 0.5, 0.2, 0.2]
+    assert [row[4] for row in data["values"]] == [0.2, 0.5, 0.2, 0.1]
 
 
 def test_tokens_and_patches_have_the_colours_of_the_legend(workdir):
