@@ -14,6 +14,7 @@ COMMANDS = {
     "sample": "generate text and pictures from the checkpoint of a run",
     "report": "one HTML file that shows a run: losses, samples, speed, config, environment",
     "inspect": "parameters (total, active), FLOPs per token, bytes and sharding per device",
+    "bench": "how long a layer takes beside the dense one of equal FLOPs",
     "prepare": "make a data set from public packages or a folder of pictures",
     "list": "the configs, sources, blocks, objectives, ... that a config can name",
 }

@@ -1,0 +1,171 @@
+"""Times implementations of a layer in turns, in one process, and divides by the baseline."""
+
+import importlib.metadata
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.analysis.bench.cases import (
+    BENCHES,
+    DIRECTIONS,
+    SKEWS,
+    Bench,
+    dense_weights,
+    implementation,
+    inputs,
+)
+from moejax.errors import UserError, did_you_mean
+
+BASELINE = "dense_mlp"
+
+
+def bench(
+    name: str,
+    *,
+    cases: Sequence[str] = (),
+    implementations: Sequence[str] = (),
+    repeats: int = 10,
+    dtype: str = "float32",
+    say: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Rows of ``moejax bench NAME``, for every case, skew, direction and implementation.
+
+    Args:
+      name: of the bench.
+      cases: by default all but ``tiny``.
+      implementations: by default all that do not take minutes; the baseline always runs.
+      repeats: timings of each, of which the median counts.
+      dtype: of inputs and weights.
+      say: told what is being timed, and what is left out.
+
+    Raises:
+      UserError: unknown bench, case, implementation or dtype, or no repeats.
+    """
+    chosen = _named("bench", name, BENCHES)
+    cases = cases or [case for case in chosen.cases if case != "tiny"]
+    for case in cases:
+        _named("--cases", case, chosen.cases)
+    for other in implementations:
+        _named("--implementations", other, chosen.implementations)
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: choose from: bfloat16, float32")
+    if repeats < 1:
+        raise UserError(f"--repeats {repeats}: needs at least 1")
+    rows = []
+    for case in cases:
+        names = _names(chosen, case, implementations, say)
+        for skew in SKEWS:
+            say(f"{name} {case} {skew}: {', '.join(names)}")
+            rows += _rows(name, chosen, case, skew, names, repeats, dtype)
+    return rows
+
+
+def _named(what: str, name: str, known: dict[str, Any]) -> Any:
+    if name not in known:
+        raise UserError(f"{what} {name!r}: there is none of this name{did_you_mean(name, known)}")
+    return known[name]
+
+
+def _names(chosen: Bench, case: str, wanted: Sequence[str], say) -> list[str]:
+    slow = chosen.cases[case].slow
+    names = list(wanted) or [name for name in chosen.implementations if name not in slow]
+    if not wanted and slow:
+        say(f"{case}: without {', '.join(slow)}, which take minutes; name them to time them")
+    return names if BASELINE in names else [BASELINE, *names]
+
+
+def _rows(name, chosen, case, skew, names, repeats, dtype) -> Iterator[dict[str, Any]]:
+    values = inputs(chosen.cases[case], skew, dtype)
+    functions = {other: implementation(chosen, other, values["ids"]) for other in names}
+    arguments = {
+        other: {**values, **dense_weights(chosen.cases[case], dtype)}
+        if other == BASELINE
+        else values
+        for other in names
+    }
+    programs = {
+        (direction, other): _program(function, direction, arguments[other], chosen.gated)
+        for direction in DIRECTIONS
+        for other, function in functions.items()
+    }
+    _check_agreement(programs, dtype)
+    for direction in DIRECTIONS:
+        times = _interleaved({other: programs[direction, other] for other in names}, repeats)
+        for other in names:
+            yield {
+                "bench": name,
+                "case": case,
+                "skew": skew,
+                "direction": direction,
+                "implementation": other,
+                "baseline": BASELINE,
+                "ms_median": times[other],
+                "ratio": times[other] / times[BASELINE],
+                "device": _device(),
+                "versions": _versions(),
+            }
+
+
+def _program(
+    function: Callable, direction: str, values: dict[str, jax.Array], gated: bool
+) -> Callable:
+    """A compiled call without arguments: of the layer, or of it and its gradients."""
+    learnt = ("x", "wi", "wo", *(("gates",) if gated else ()))
+
+    def forward(values):
+        return function(*(values[name] for name in ("x", "ids", "gates", "wi", "wo")))
+
+    def backward(values):
+        run = lambda some: forward({**values, **some})
+        out, pullback = jax.vjp(run, {name: values[name] for name in learnt})
+        return out, pullback(values["cotangent"])
+
+    compiled = jax.jit(forward if direction == "fwd" else backward).lower(values).compile()
+    return lambda: compiled(values)
+
+
+def _check_agreement(programs: dict[tuple[str, str], Callable], dtype: str) -> None:
+    """What is timed computes the same, value and gradients, but for the baseline."""
+    tolerance = 1e-4 if dtype == "float32" else 0.1
+    for direction in DIRECTIONS:
+        others = [name for way, name in programs if way == direction and name != BASELINE]
+        if not others:
+            continue
+        first = jax.tree.leaves(programs[direction, others[0]]())
+        for other in others[1:]:
+            for a, b in zip(first, jax.tree.leaves(programs[direction, other]()), strict=True):
+                error = float(jnp.abs(a - b).max() / jnp.maximum(jnp.abs(a).max(), 1e-30))
+                if not error <= tolerance:
+                    raise AssertionError(
+                        f"{other} and {others[0]} differ by {error:.1e} ({direction})"
+                    )
+
+
+def _interleaved(programs: dict[str, Callable], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each, timed in turns so that a slow minute slows all."""
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    for program in programs.values():
+        jax.block_until_ready(program())
+    for _ in range(repeats):
+        for name, program in programs.items():
+            began = time.perf_counter()
+            jax.block_until_ready(program())
+            times[name].append(1e3 * (time.perf_counter() - began))
+    return {name: median(values) for name, values in times.items()}
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def _versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
