@@ -13,6 +13,7 @@ from moejax.analysis.report_page import grid, picture_uri, table
 from moejax.analysis.routing import DECILES, NONE, co_activation
 from moejax.analysis.routing_record import RoutingRecord, consecutive_agreement, read_records
 from moejax.analysis.run import Run
+from moejax.data.vocabulary import NUM_SPECIAL
 from moejax.train.writers import read_rows
 
 # Maps of single layers, layers that tokens are coloured for, and columns of a map over steps.
@@ -221,14 +222,16 @@ def _agreement(records: dict[int, RoutingRecord]) -> str:
 
 
 def _legend(record: RoutingRecord) -> str:
-    widest = int(np.argmax(record.experts))
-    chips = [
-        _chip(record.expert_name(widest, e), expert_color(e), f"expert {e}")
-        for e in range(int(record.experts[widest]))
-    ]
+    names = [*map(str, range(int(record.num_ffn.max()))), *map(str, record.weightless)]
+    chips = [_chip(name, expert_color(i), f"expert {name}") for i, name in enumerate(names)]
     chips.append(_chip("none", expert_color(NONE), "no expert"))
     note = " Point at a token for its number." if len(chips) > 17 else ""
     return f"<p class='tokens'>Expert {''.join(chips)}{note}</p>"
+
+
+def _color(record: RoutingRecord, layer: int, ids: np.ndarray) -> str:
+    """Of a token with these experts."""
+    return expert_color(record.color_index(layer, ids[0]))
 
 
 def _chip(text: str, color: str, title: str) -> str:
@@ -248,7 +251,7 @@ def _texts(record: RoutingRecord) -> str:
     for row, start, end in found:
         for layer in shown:
             chips = [
-                _chip(_visible(str(record.row_pieces[row, t])), expert_color(own[0]), names)
+                _chip(_visible(str(record.row_pieces[row, t])), _color(record, layer, own), names)
                 for t in range(start, end)
                 for own in [record.row_experts[layer, row, t]]
                 for names in [_experts_of(record, layer, own)]
@@ -271,8 +274,8 @@ def _stretches(record: RoutingRecord) -> list[tuple[int, int, int]]:
         written = (pieces != "") & record.row_valid[row]
         edges = np.flatnonzero(np.diff(written.astype(int), prepend=0, append=0))
         for start, end in zip(edges[::2], edges[1::2], strict=True):
-            # A stretch of marks alone says nothing: three of them may come together.
-            if end - start > 3:
+            # A stretch of marks alone says nothing.
+            if (record.row_tokens[row, start:end] >= NUM_SPECIAL).any():
                 found.append((row, int(start), int(end)))
     return found
 
@@ -307,7 +310,7 @@ def _patches(record: RoutingRecord) -> str:
             own = record.row_experts[layer, row, start : start + rows * columns]
             squares = "".join(
                 f'<rect x="{p % columns * _PATCH}" y="{p // columns * _PATCH}" width="{_PATCH}" '
-                f'height="{_PATCH}" fill="{expert_color(ids[0])}">'
+                f'height="{_PATCH}" fill="{_color(record, layer, ids)}">'
                 f"<title>{escape(_experts_of(record, layer, ids))}</title></rect>"
                 for p, ids in enumerate(own)
             )

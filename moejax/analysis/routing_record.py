@@ -104,6 +104,11 @@ class RoutingRecord:
         names = [self.expert_name(widest, i) for i in range(int(self.experts[widest]))]
         return names if same else list(map(str, range(len(names))))
 
+    def color_index(self, layer: int, expert: int) -> int:
+        """A number for the colour of an expert; of one without weights the same in all layers."""
+        past = int(expert) - int(self.num_ffn[layer])
+        return int(expert) if past < 0 else int(self.num_ffn.max()) + past
+
     def load(self, modality: int | None = None) -> np.ndarray:
         """[l, e]: the share of the choices (of one modality) that each expert has.
 

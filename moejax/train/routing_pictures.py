@@ -13,7 +13,7 @@ from moejax.analysis.routing_record import RoutingRecord
 
 # Panels beside each other, and layers that have one of their own.
 _COLUMNS, _MOST_LAYERS = 4, 12
-_GAP, _LINE, _LABELS = 14, 16, 62
+_GAP, _LINE = 14, 16
 _INK, _FAINT = "#202020", "#707070"
 
 
@@ -41,15 +41,16 @@ def _panels(
     top = top or 1.0
     height, width = panels[0][1].shape
     cell = int(np.clip(320 / max(height, width), 3, 22))
-    wide = _LABELS + max(cell * width, 110) + _GAP
+    font = ImageFont.load_default(12)
+    labels = 8 + round(max(font.getlength(name) for name in rows))
+    wide = labels + max(cell * width, 110) + _GAP
     tall = 2 * _LINE + cell * height + _GAP
     across = min(_COLUMNS, len(panels))
     size = (wide * across + _GAP, tall * -(-len(panels) // across) + _LINE + _GAP)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(12)
     for number, (title, values) in enumerate(panels):
-        x = _GAP + _LABELS + (number % across) * wide
+        x = _GAP + labels + (number % across) * wide
         y = _GAP + _LINE + (number // across) * tall
         draw.text((x, y - _LINE), title, fill=_INK, font=font)
         pixels = np.asarray([[shade(value / top) for value in row] for row in values], np.uint8)

@@ -3,14 +3,19 @@
 import numpy as np
 
 from moejax.analysis.routing_record import RoutingRecord
+from moejax.data.vocabulary import NUM_SPECIAL
 
 
 def make_record(seed: int) -> RoutingRecord:
     """Counts are fixed; the choices of the rows are drawn by ``seed``."""
     rng = np.random.default_rng(seed)
     tokens = np.arange(24).reshape(2, 12)
+    tokens[0] += NUM_SPECIAL
+    tokens[1] %= NUM_SPECIAL
     pieces = np.full((2, 12), "", "U12")
     pieces[0, :6] = ["BOS", "a<b", " red", " app", "le", "BOI"]
+    # Another text's marks, which nobody wants to see.
+    pieces[1, 4:9] = ["EOI", "EOS", "BOS", "BOI", "BOI"]
     experts = np.argsort(rng.random((2, 2, 12, 4)))[..., :2].astype(np.int32)
     experts[:, 0, 2, 0] = 3
     return RoutingRecord(
@@ -31,7 +36,7 @@ def make_record(seed: int) -> RoutingRecord:
         shuffled_token_entropy=np.array([0.8, 0.5]),
         modality_entropy=np.array([1.2, 0.0]),
         row_tokens=tokens,
-        row_modality=(tokens % 12 > 6).astype(np.int32),
+        row_modality=np.broadcast_to(np.arange(12) > 6, (2, 12)).astype(np.int32),
         row_valid=np.broadcast_to(np.arange(12) < 11, (2, 12)).copy(),
         row_pieces=pieces,
         row_experts=experts,

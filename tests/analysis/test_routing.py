@@ -197,6 +197,10 @@ def test_layers_with_fewer_experts_have_none_at_the_end():
     record = RoutingRecord(**arrays)
     assert np.isnan(record.load()[1, 3]) and np.isfinite(record.load()[0]).all()
     assert record.expert_names() == ["0", "1", "2", "3"], "names that do not fit every layer"
+    # Expert 2 gives nothing in the second layer, and has the colour of that in the first.
+    assert record.expert_name(1, 2) == "zero 0"
+    assert [record.color_index(1, e) for e in (NONE, 1, 2)] == [NONE, 1, 3]
+    assert record.color_index(0, 3) == 3
 
 
 def test_heatmap_holds_its_values_and_its_scale():
