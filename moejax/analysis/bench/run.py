@@ -1,5 +1,6 @@
 """Times implementations of a layer in turns, in one process, and divides by the baseline."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -115,7 +116,14 @@ def _rows(name, chosen, case, skew, names, repeats, dtype) -> Iterator[dict[str,
 def _program(
     function: Callable, direction: str, values: dict[str, jax.Array], gated: bool
 ) -> Callable:
-    """A compiled call without arguments: of the layer, or of it and its gradients."""
+    """A call without arguments: of the layer, or of it and its gradients."""
+    jitted = _jitted(function, direction, gated)
+    return lambda: jitted(values)
+
+
+@functools.cache
+def _jitted(function: Callable, direction: str, gated: bool) -> Callable:
+    """Of the dict of inputs; compiled once for the routings of a case."""
     learnt = ("x", "wi", "wo", *(("gates",) if gated else ()))
 
     def forward(values):
@@ -126,8 +134,7 @@ def _program(
         out, pullback = jax.vjp(run, {name: values[name] for name in learnt})
         return out, pullback(values["cotangent"])
 
-    compiled = jax.jit(forward if direction == "fwd" else backward).lower(values).compile()
-    return lambda: compiled(values)
+    return jax.jit(forward if direction == "fwd" else backward)
 
 
 def _check_agreement(programs: dict[tuple[str, str], Callable], dtype: str) -> None:

@@ -1,0 +1,83 @@
+"""Benchmarks: rows as documented, from implementations that agree; never how fast."""
+
+import dataclasses
+import json
+
+import pytest
+
+from moejax.analysis.bench import BENCHES, DIRECTIONS, SKEWS, bench
+from moejax.analysis.bench.run import _check_agreement
+from moejax.cli.main import main
+
+KEYS = {
+    "bench",
+    "case",
+    "skew",
+    "direction",
+    "implementation",
+    "baseline",
+    "ms_median",
+    "ratio",
+    "device",
+    "versions",
+}
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_json_rows(name, capsys):
+    assert main(["bench", name, "--json", "--cases", "tiny", "--repeats", "2"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    names = BENCHES[name].implementations
+    assert len(rows) == len(SKEWS) * len(DIRECTIONS) * len(names)
+    assert {(r["skew"], r["direction"], r["implementation"]) for r in rows} == {
+        (skew, direction, other) for skew in SKEWS for direction in DIRECTIONS for other in names
+    }
+    for row in rows:
+        assert set(row) == KEYS
+        assert row["bench"] == name and row["case"] == "tiny" and row["baseline"] == "dense_mlp"
+        assert row["ms_median"] > 0 and row["ratio"] > 0
+        if row["implementation"] == row["baseline"]:
+            assert row["ratio"] == 1
+
+
+def test_table_of_chosen_implementations(capsys):
+    flags = ["--cases", "tiny", "--repeats", "1", "--implementations", "auto"]
+    assert main(["bench", "moe_layer", *flags]) == 0
+    out = capsys.readouterr().out
+    assert "dense_mlp" in out and "auto" in out and "ragged_dot" not in out
+
+
+def test_slow_implementations_are_named_and_left_out(monkeypatch):
+    case = BENCHES["moe_layer"].cases["tiny"]
+    slow = dataclasses.replace(case, slow=("ragged_dot",))
+    monkeypatch.setitem(BENCHES["moe_layer"].cases, "tiny", slow)
+    said = []
+    rows = bench("moe_layer", cases=["tiny"], repeats=1, say=said.append)
+    assert "ragged_dot" not in {row["implementation"] for row in rows}
+    assert "without ragged_dot" in said[0]
+
+
+def test_disagreement_is_an_error():
+    programs = {
+        (direction, name): (lambda value=value: [value])
+        for direction in DIRECTIONS
+        for name, value in (("dense_mlp", 5.0), ("auto", 1.0), ("ragged_dot", 1.1))
+    }
+    with pytest.raises(AssertionError, match="ragged_dot and auto differ by 1.0e-01"):
+        _check_agreement(programs, "float32")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "give a NAME: moe_layer, untied_ffn"),
+        (["moe_layers"], "did you mean 'moe_layer'"),
+        (["moe_layer", "--cases", "Z"], "--cases 'Z'"),
+        (["moe_layer", "--implementations", "dense"], "--implementations 'dense'"),
+        (["moe_layer", "--repeats", "0"], "--repeats 0"),
+        (["moe_layer", "--dtype", "int8"], "--dtype int8"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
