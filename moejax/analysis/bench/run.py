@@ -155,12 +155,15 @@ def _check_agreement(programs: dict[tuple[str, str], Callable], dtype: str) -> N
 
 
 def _interleaved(programs: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, timed in turns so that a slow minute slows all."""
+    """Median milliseconds of each, timed in turns so that a slow minute slows all.
+
+    Each is called twice and timed the second time: what the one before it left in the caches and
+    in the allocator's hands would count for or against it.
+    """
     times: dict[str, list[float]] = {name: [] for name in programs}
-    for program in programs.values():
-        jax.block_until_ready(program())
     for _ in range(repeats):
         for name, program in programs.items():
+            jax.block_until_ready(program())
             began = time.perf_counter()
             jax.block_until_ready(program())
             times[name].append(1e3 * (time.perf_counter() - began))
