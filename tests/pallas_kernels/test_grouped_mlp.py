@@ -19,6 +19,8 @@ def layout(kind):
         "uniform": jax.random.randint(jax.random.key(0), (T, K), 0, GROUPS),
         "none": jax.random.randint(jax.random.key(1), (T, K), 0, GROUPS + 2),
         "one": jnp.ones((T, K), jnp.int32),
+        # 62, 60 and 58 rows: no multiples of a tile, and no token in two groups.
+        "apart": jnp.repeat(jnp.arange(GROUPS), jnp.array([31, 30, 29]))[:, None].repeat(K, 1),
     }[kind]
     by_group = sort_by_group(ids.reshape(-1), GROUPS)
     row = jnp.where(ids < GROUPS, by_group.inverse.reshape(T, K), T * K)
@@ -92,6 +94,19 @@ def test_tokens_of_nobody_may_hold_nan():
     poisoned = run("none", jnp.where(lonely[:, None], jnp.nan, x))
     jax.tree.map(np.testing.assert_array_equal, poisoned, clean)
     assert np.all(clean[0][lonely] == 0) and np.all(clean[1][0][lonely] == 0)
+
+
+def test_nan_of_one_group_stays_there():
+    """Tiles reach into the rows of the next group; what those hold is never summed."""
+    x, (_, row, _) = operands()[0], layout("apart")
+    middle = np.asarray((row[:, 0] >= 62) & (row[:, 0] < 122))
+    run = results("xla")
+    _, (clean_dx, *clean) = run("apart")
+    _, (dx, *poisoned) = run("apart", jnp.where(middle[:, None], jnp.nan, x))
+    np.testing.assert_array_equal(dx[~middle], clean_dx[~middle])
+    for got, expected in zip(poisoned[:2], clean[:2], strict=True):
+        assert np.isnan(got[1]).all()
+        np.testing.assert_array_equal(got[np.array([0, 2])], expected[np.array([0, 2])])
 
 
 def test_bfloat16_sums_in_float32():
