@@ -1,0 +1,61 @@
+"""The configs of layers of experts train on the built-in data: their losses fall."""
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.config import load_config
+from moejax.parallel.mesh import batch_sharding
+from moejax.train.setup import prepare
+from moejax.train.step import make_train_step
+
+# fmt: off
+NAMES = (
+    "coe", "deepseek_moe", "deepseek_v3", "expert_choice", "gshard", "hunyuan_large",
+    "longcat_flash", "ming_flash_omni", "moe_plus_plus", "moiie", "moma", "openmoe", "rexmoe",
+    "switch", "uni_moe_2",
+)
+# fmt: on
+NARROW = {
+    "model.d_model": 32,
+    "model.num_heads": 2,
+    "model.num_layers": 2,
+    "model.ffn_hidden": (32,),
+    "model.moe.hidden": 32,
+    "data.batch_size": 4,
+    "data.sequence_length": 160,
+    "optim.learning_rate": 1e-2,
+    "optim.warmup_steps": 2,
+}
+
+
+def losses(name: str, steps: int, overrides: dict) -> tuple[float, float]:
+    """Means of the first and the last five losses of a run on one device."""
+    config = load_config(name, {"train.steps": steps, "eval.metrics": (), **overrides})
+    setup = prepare(config, jax.devices()[:1])
+    optimizer, shardings = setup.recipe.optimizer, setup.recipe.shardings
+    step = make_train_step(setup.model, setup.objective, config, optimizer, setup.mesh, shardings)
+    values = []
+    with jax.set_mesh(setup.mesh):
+        state = setup.recipe.create()
+        for i in range(steps):
+            batch = jax.device_put(setup.pipeline.batch(i), batch_sharding(setup.mesh))
+            state, metrics = step(state, batch)
+            values.append(float(metrics.losses.total()))
+    return float(np.mean(values[:5])), float(np.mean(values[-5:]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_thirty_steps(name, capsys):
+    """As shipped: about nine nats at first, the logarithm of 5,112 ids and some more."""
+    first, last = losses(name, 30, {})
+    with capsys.disabled():
+        print(f"\n{name}: {first:.3f} -> {last:.3f}")
+    assert last < first - 1
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "moma"])
+def test_a_few_steps_of_a_narrow_one(name):
+    first, last = losses(name, 12, NARROW)
+    assert last < first - 0.3
