@@ -5,6 +5,8 @@ choice j of that token for which ``row[token[r], j] == r``. So what a scatter wo
 gathered instead, in both directions.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -37,7 +39,7 @@ def sum_rows(y_rd, row, gates=None):
 
     if k <= _MAX_UNROLLED:
         columns = (choice(row[:, j], None if gates is None else gates[:, j]) for j in range(k))
-        return sum(columns, jnp.zeros((t, d), dtype)).astype(y_rd.dtype)
+        return functools.reduce(jnp.add, columns).astype(y_rd.dtype)
 
     # Each token's choices to the front: the loop ends with those of the token that has the most.
     order = jnp.argsort(row, axis=1, stable=True)

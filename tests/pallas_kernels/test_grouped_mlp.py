@@ -20,7 +20,7 @@ def layout(kind):
         "none": jax.random.randint(jax.random.key(1), (T, K), 0, GROUPS + 2),
         "one": jnp.ones((T, K), jnp.int32),
         # 62, 60 and 58 rows: no multiples of a tile, and no token in two groups.
-        "apart": jnp.repeat(jnp.arange(GROUPS), jnp.array([31, 30, 29]))[:, None].repeat(K, 1),
+        "apart": jnp.asarray(np.repeat(np.arange(GROUPS), [31, 30, 29])[:, None].repeat(K, 1)),
     }[kind]
     by_group = sort_by_group(ids.reshape(-1), GROUPS)
     row = jnp.where(ids < GROUPS, by_group.inverse.reshape(T, K), T * K)
