@@ -3,16 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from moejax.routing import checks
 from moejax.routing.normalise import KINDS, distribution, scores_of
 from moejax.routing.perturb import NOISE_CHOICES, perturb
 from moejax.routing.plan import RouterInputs, RoutingPlan, router
-from moejax.routing.select import rank_within
+from moejax.routing.select import best_of_each
 
 # Keeps a product that is a whole number but for rounding from becoming the next one.
 _SLACK = 1e-4
@@ -106,30 +105,24 @@ def _classes(inputs: RouterInputs, per_modality: bool) -> int:
 def _take(
     inputs: RouterInputs,
     may: Bool[Array, "s n e"],
-    scores,
+    scores: Float[Array, "s n e"],
     factor: float,
     per_modality: bool,
     rounding: str,
 ) -> Bool[Array, "s n e"]:
-    classes = _classes(inputs, per_modality)
-    class_sn = inputs.modality if per_modality else jnp.zeros_like(inputs.modality)
-    member_snm = jax.nn.one_hot(class_sn, classes, dtype=scores.dtype)
-    may_sne = may.astype(scores.dtype)
-    # Tokens of each class that may choose each expert, and how many experts those may choose.
-    tokens_sme = jnp.einsum("snm,sne->sme", member_snm, may_sne)
-    experts_sme = jnp.einsum(
-        "snm,sne,sn->sme", member_snm, may_sne, may_sne.sum(axis=-1), precision="highest"
-    )
-    mean_sme = experts_sme / jnp.where(tokens_sme > 0, tokens_sme, 1)
-    exact = factor * tokens_sme / jnp.where(mean_sme > 0, mean_sme, 1)
-    quota_sme = jnp.ceil(exact - _SLACK) if rounding == "up" else jnp.floor(exact + _SLACK)
-    quota_sne = jnp.einsum("snm,sme->sne", member_snm, quota_sme, precision="highest")
-
-    # Tokens that may not choose an expert are a class of their own, which takes no place.
-    class_sne = jnp.where(may, class_sn[..., None], classes)
-    by_expert = lambda values: jnp.swapaxes(values, 1, 2)
-    rank = rank_within(by_expert(class_sne), -by_expert(lax.stop_gradient(scores)))
-    return may & (by_expert(rank) < quota_sne)
+    """Which tokens each expert takes, from each class of tokens that compete."""
+    experts_sn = may.sum(axis=-1, keepdims=True, dtype=jnp.int32)
+    selected = jnp.zeros_like(may)
+    for one in range(_classes(inputs, per_modality)):
+        here = may & (inputs.modality == one)[..., None] if per_modality else may
+        tokens_se = here.sum(axis=1, dtype=jnp.int32)
+        choices_se = jnp.where(here, experts_sn, 0).sum(axis=1)
+        # Tokens over the mean number of experts that they may choose.
+        share_se = tokens_se / (jnp.maximum(choices_se, 1) / jnp.maximum(tokens_se, 1))
+        exact = factor * share_se
+        quota = jnp.ceil(exact - _SLACK) if rounding == "up" else jnp.floor(exact + _SLACK)
+        selected |= best_of_each(scores, here, quota.astype(jnp.int32))
+    return selected
 
 
 def _most(inputs: RouterInputs, factor: float, per_modality: bool) -> int:

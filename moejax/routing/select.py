@@ -20,6 +20,18 @@ def largest(
     return jnp.where(values > -jnp.inf, ids, scores.shape[-1])
 
 
+def two_largest(
+    values: Float[Array, "*rows e"],
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """The largest and the second of each row; -inf for the second of one.
+
+    ``lax.top_k`` with k = 2, taken apart, is compiled to a sort of the whole row on CPU.
+    """
+    best = jnp.argmax(values, axis=-1)
+    others = jnp.where(jax.nn.one_hot(best, values.shape[-1], dtype=bool), -jnp.inf, values)
+    return values.max(axis=-1), others.max(axis=-1)
+
+
 def pick(values: Num[Array, "*rows e"], ids: Int[Array, "*rows k"]) -> Num[Array, "*rows k"]:
     """``values[..., ids]``, 0 where an id is E.
 
@@ -32,6 +44,33 @@ def pick(values: Num[Array, "*rows e"], ids: Int[Array, "*rows k"]) -> Num[Array
 def chosen_mask(ids: Int[Array, "*rows k"], num_experts: int) -> Bool[Array, "*rows e"]:
     """True for each expert that is among the row's ids."""
     return jax.nn.one_hot(ids, num_experts, dtype=bool).any(axis=-2)
+
+
+def best_of_each(
+    scores: Float[Array, "s n e"], mask: Bool[Array, "s n e"], count_se: Int[Array, "s e"]
+) -> Bool[Array, "s n e"]:
+    """True for the ``count`` largest unmasked scores of each column, all >= 0; earlier ones first.
+
+    By bisection over the bits of a float, which for numbers >= 0 are in their order: a tenth to a
+    thirtieth of the time of a sort on CPU, and on a mesh a few sums instead of a gather.
+    """
+    bits = scores.dtype.itemsize * 8
+    word = jnp.dtype(f"uint{bits}")
+    # One more than the bits of 0.0, so that masked places lie below all others; -0.0 is 0.0.
+    keys = lax.bitcast_convert_type(lax.stop_gradient(jnp.abs(scores)), word) + word.type(1)
+    keys = jnp.where(mask, keys, word.type(0))
+    count = jnp.minimum(count_se, mask.sum(axis=1, dtype=count_se.dtype))[:, None]
+    number = lambda chosen: chosen.sum(axis=1, keepdims=True, dtype=count.dtype)
+
+    def next_bit(i, least):
+        higher = least | (word.type(1) << (bits - 1 - i).astype(word))
+        return jnp.where(number(keys >= higher) >= count, higher, least)
+
+    # The largest key that ``count`` of the column reach; any key where none is wanted.
+    least = lax.fori_loop(0, bits, next_bit, jnp.zeros_like(keys[:, :1]))
+    above, equal = keys > least, (keys == least) & mask
+    room = count - number(above)
+    return (above | (equal & (jnp.cumsum(equal, axis=1, dtype=count.dtype) <= room))) & (count > 0)
 
 
 def rank_within(

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from moejax.routing.normalise import entropy
 from moejax.routing.plan import RouterInputs, RoutingPlan, SoftPlan
-from moejax.routing.select import chosen_mask
+from moejax.routing.select import chosen_mask, two_largest
 
 
 def by_modality(
@@ -40,15 +40,14 @@ def routing_statistics(
         probs = plan.probs
     ones = jnp.ones((*inputs.valid.shape, 1), dtype)
     valid = inputs.valid.astype(dtype)
-    best = jax.lax.top_k(probs, min(2, probs.shape[-1]))[0]
-    margin = best[..., 0] - best[..., -1] if best.shape[-1] == 2 else best[..., 0]
+    first, second = two_largest(probs)
     return {
         "tokens_m": by_modality(inputs, ones, num_modalities)[:, 0],
         "chosen_me": by_modality(inputs, chosen, num_modalities),
         "kept_me": by_modality(inputs, kept, num_modalities),
         "probs_me": by_modality(inputs, probs, num_modalities),
         "entropy": (entropy(probs) * valid).sum(),
-        "margin": (margin * valid).sum(),
+        "margin": ((first - jnp.maximum(second, 0)) * valid).sum(),
     }
 
 

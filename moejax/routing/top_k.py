@@ -12,7 +12,7 @@ from moejax.routing import checks
 from moejax.routing.normalise import KINDS, distribution, scores_of, share, sinkhorn
 from moejax.routing.perturb import NOISE_CHOICES, is_noisy, perturb
 from moejax.routing.plan import RouterInputs, RoutingPlan, router
-from moejax.routing.select import chosen_mask, largest, pick, weigh
+from moejax.routing.select import chosen_mask, largest, pick, two_largest, weigh
 
 
 def _check_top_k(num_experts: int, options: Mapping[str, Any]) -> None:
@@ -136,11 +136,10 @@ def _best_groups(
     """The experts of the ``kept`` groups with the largest group scores."""
     s, n, e = scores.shape
     masked = jnp.where(may, scores, -jnp.inf)[..., :routed]
-    best = lax.top_k(masked.reshape(s, n, groups, routed // groups), min(2, routed // groups))[0]
-    of_group = best[..., 0]
-    if how == "top2" and best.shape[-1] == 2:
+    of_group, second = two_largest(masked.reshape(s, n, groups, routed // groups))
+    if how == "top2":
         # A group with one expert that may be chosen counts by that one.
-        of_group = of_group + jnp.where(jnp.isfinite(best[..., 1]), best[..., 1], 0)
+        of_group = of_group + jnp.where(jnp.isfinite(second), second, 0)
     ids = largest(of_group, jnp.isfinite(of_group), kept)
     experts = jnp.repeat(chosen_mask(ids, groups), routed // groups, axis=-1)
     # Shared experts are in no group.
