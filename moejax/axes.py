@@ -14,6 +14,8 @@ A weight carries its axes in its name: ``wi_mdf`` is [modality, model, hidden].
 LAYERS = "layers"
 MODALITY = "modality"
 EXPERT = "expert"
+# Experts that each device has whole: shared ones, and those without a matmul.
+LOCAL_EXPERT = "local_expert"
 EMBED = "embed"
 MLP = "mlp"
 HEADS = "heads"

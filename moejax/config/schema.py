@@ -445,6 +445,15 @@ class Config:
             f"{self.optim.accumulation_steps} does not divide "
             f"data.batch_size={self.data.batch_size}",
         )
+        moe = getattr(self.model, "moe", None)
+        if moe is not None and moe.num_experts and moe.routing_group:
+            rows = self.data.batch_size // self.optim.accumulation_steps
+            require(
+                rows % moe.routing_group == 0,
+                "model.moe.routing_group",
+                f"{moe.routing_group} does not divide the {rows} rows of a microbatch "
+                "(0 takes all of them)",
+            )
         require(
             self.data.format != "tokens" or hasattr(self.model, "modalities"),
             "data.format",

@@ -30,7 +30,10 @@ from moejax.routing import (
     RoutingPlan,
     SoftPlan,
     allowed_experts,
+    check_options,
     check_router,
+    check_router_loss,
+    check_score,
     heterogeneous_capacity,
     jitter,
     limit_capacity,
@@ -122,8 +125,8 @@ class MoE(nn.Module):
         num, d = max(1, moe.shared_competing), cfg.d_model
         f = moe.shared_hidden // num
         wide = 2 * f if moe.activation == "swiglu" else f
-        into = partitioned(fan_in_normal((1,)), None, axes.EMBED, axes.MLP)
-        out = partitioned(fan_in_normal((1,)), None, axes.MLP, axes.EMBED)
+        into = partitioned(fan_in_normal((1,)), axes.LOCAL_EXPERT, axes.EMBED, axes.MLP)
+        out = partitioned(fan_in_normal((1,)), axes.LOCAL_EXPERT, axes.MLP, axes.EMBED)
         return ExpertWeights(
             self.param("shared_wi_edf", into, (num, d, wide), param_dtype(cfg)),
             self.param("shared_wo_efd", out, (num, f, d), param_dtype(cfg)),
@@ -135,8 +138,8 @@ class MoE(nn.Module):
         if not num:
             return None
         dtype = param_dtype(self.config)
-        gate = partitioned(fan_in_normal((1,)), None, axes.EMBED, None)
-        vector = partitioned(nn.initializers.normal(1.0), None, axes.EMBED)
+        gate = partitioned(fan_in_normal((1,)), axes.LOCAL_EXPERT, axes.EMBED, None)
+        vector = partitioned(nn.initializers.normal(1.0), axes.LOCAL_EXPERT, axes.EMBED)
         return (
             self.param("constant_gate_edk", gate, (num, d, 2), dtype),
             self.param("constant_ed", vector, (num, d), dtype),
@@ -365,10 +368,14 @@ def check_moe(config: DecoderConfig) -> None:
     require(
         moe.num_experts > 0, "model.moe.num_experts", "must be positive where blocks have experts"
     )
-    check_router(moe.router.name, router_options(moe), moe.columns, causal_model=True)
-    SCORES.get(moe.score.name, field="model.moe.score.name")
-    for loss in moe.losses:
-        ROUTER_LOSSES.get(loss.name, field="model.moe.losses")
+    choices = moe.pool + moe.weightless
+    check_router(moe.router.name, router_options(moe), choices, causal_model=True)
+    check_score(moe.score.name, moe.score.options)
+    for i, loss in enumerate(moe.losses):
+        check_router_loss(loss.name, loss.options, f"model.moe.losses[{i}]")
+    kind = f"controller {moe.balance.name!r}"
+    own = {"ffn_share": 1.0} if moe.balance.name == "increment" else {}
+    check_options(kind, own, moe.balance.options, "model.moe.balance.options")
     rule = router_options(moe).get("causal_rule")
     require(
         rule != "aux_router" or moe.causal_router,

@@ -14,6 +14,8 @@ RULES: dict[str, str | None] = {
     axes.MODALITY: None,
     # Each device keeps a part of the experts, and gathers the others before use.
     axes.EXPERT: "expert",
+    # All tokens meet shared experts, and the others of this kind are vectors.
+    axes.LOCAL_EXPERT: None,
     # The one axis that every weight has: sharded for memory, gathered before use.
     axes.EMBED: "fsdp",
     axes.MLP: None,

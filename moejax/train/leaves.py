@@ -14,7 +14,7 @@ from flax.core import meta
 from moejax import axes
 
 # Axes that count parameters of one kind; the rest are the shape of a single parameter.
-GROUP_AXES = (axes.LAYERS, axes.MODALITY, axes.EXPERT)
+GROUP_AXES = (axes.LAYERS, axes.MODALITY, axes.EXPERT, axes.LOCAL_EXPERT)
 
 
 def path_name(path) -> str:

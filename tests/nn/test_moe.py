@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from moejax.config.moe import MoEConfig, RouterConfig, RouterLossConfig, ScoreConfig
+from moejax.config.moe import BalanceConfig, MoEConfig, RouterConfig, RouterLossConfig, ScoreConfig
 from moejax.config.options import Options
-from moejax.config.schema import DecoderConfig, NextTokenConfig
+from moejax.config.schema import Config, DecoderConfig, NextTokenConfig
 from moejax.errors import UserError
 from moejax.models.decoder import build_decoder
 from moejax.objectives.base import Objective
@@ -278,7 +278,12 @@ def test_losses_of_two_microbatches_are_those_of_the_batch():
         ({"router": router("soft")}, "model.moe.router.name"),
         ({"router": router("topk")}, "model.moe.router.name: no router 'topk'; did you mean"),
         ({"router": router(renormalize=True)}, "model.moe.router.options.renormalize"),
-        ({"losses": (RouterLossConfig("swich"),)}, "model.moe.losses"),
+        ({"losses": (RouterLossConfig("swich"),)}, "model.moe.losses[0]"),
+        ({"score": ScoreConfig("mpl")}, "model.moe.score.name: no score 'mpl'; did you mean 'mlp'"),
+        (
+            {"balance": BalanceConfig("sign", options=Options(rat=1))},
+            "model.moe.balance.options.rat",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_by_field(changes, message):
@@ -286,3 +291,8 @@ def test_what_cannot_be_is_refused_by_field(changes, message):
         build_decoder(decoder(dataclasses.replace(moe_config(), **changes)))
     assert str(error.value).startswith(message), error.value
     assert "\n" not in str(error.value)
+
+
+def test_a_routing_group_has_to_divide_the_rows_of_a_microbatch():
+    with pytest.raises(UserError, match="model.moe.routing_group: 3 does not divide the 8 rows"):
+        Config(model=decoder(moe_config(routing_group=3)))
