@@ -42,7 +42,7 @@ def heterogeneous_capacity(
 
 
 def _round_up(value: float, multiple: int) -> int:
-    # 1.1 * 10 is above 11 in binary.
+    # 1.1 * 110 is above 121 in binary.
     return math.ceil(math.ceil(round(value, 6)) / multiple) * multiple
 
 

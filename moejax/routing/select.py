@@ -56,8 +56,8 @@ def best_of_each(
     """
     bits = scores.dtype.itemsize * 8
     word = jnp.dtype(f"uint{bits}")
-    # One more than the bits of 0.0, so that masked places lie below all others; -0.0 is 0.0.
-    keys = lax.bitcast_convert_type(lax.stop_gradient(jnp.abs(scores)), word) + word.type(1)
+    # -0.0 is 0.0. Masked places have its key, and are left out where that is chosen.
+    keys = lax.bitcast_convert_type(lax.stop_gradient(jnp.abs(scores)), word)
     keys = jnp.where(mask, keys, word.type(0))
     count = jnp.minimum(count_se, mask.sum(axis=1, dtype=count_se.dtype))[:, None]
     number = lambda chosen: chosen.sum(axis=1, keepdims=True, dtype=count.dtype)

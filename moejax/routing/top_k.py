@@ -166,10 +166,10 @@ def _wins(
 
     ``1 - Phi((kth largest noisy logit - logit) / deviation)``, arXiv 2106.05974.
     """
-    last = largest(noisy, may, k)[..., -1:]
-    wins = 1 - jax.scipy.stats.norm.cdf((pick(noisy, last) - clean) / deviation)
+    threshold = pick(noisy, largest(noisy, may, k)[..., -1:])
+    wins = 1 - jax.scipy.stats.norm.cdf((threshold - clean) / deviation)
     # With no more than k experts to choose from, all win.
-    wins = jnp.where(last < clean.shape[-1], wins, 1)
+    wins = jnp.where(may.sum(axis=-1, keepdims=True) > k, wins, 1)
     return jnp.where(may, wins, 0).sum(axis=1)
 
 

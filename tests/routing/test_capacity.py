@@ -133,6 +133,13 @@ def test_recycling_keeps_to_what_is_allowed(run, limit, make_inputs):
     assert not chosen_twice.any()
 
 
+def test_a_place_of_an_expert_that_the_token_has_is_no_help(limit, make_inputs):
+    """Token 0 has the one place of expert 0 that is taken; the free one is of expert 0 too."""
+    plan = plan_of([[0, 1], [1, E]], [[0.6, 0.4], [0.9, 0.0]])
+    ids = limit(plan, make_inputs(), (2, 1, 0, 0, 0, 0), "recycle").expert_ids
+    np.testing.assert_array_equal(ids[0, :2], [[0, E], [1, E]])
+
+
 def test_gradient_goes_through_what_is_kept(run, make_inputs):
     inputs = make_inputs(padding=0)
 
@@ -148,8 +155,8 @@ def test_gradient_goes_through_what_is_kept(run, make_inputs):
 def test_capacities_by_hand():
     assert expert_capacity(64, 2, 1.05, 8) == 17
     assert expert_capacity(64, 2, 1.05, 8, multiple=4) == 20
-    # 1.1 * 10 is a little above 11 in binary.
-    assert expert_capacity(10, 1, 1.1, 1) == 11
+    # 1.1 * 110 is a little above 121 in binary.
+    assert expert_capacity(110, 1, 1.1, 1) == 121
     assert expert_capacity(1, 1, 0.1, 8) == 1
 
 

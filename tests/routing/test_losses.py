@@ -178,6 +178,11 @@ def test_load_by_hand(value, run, make_inputs):
     plan = run(top_k, inputs, noise="gaussian", noise_scale=3.0)
     assert value("load", inputs, plan) == pytest.approx(expected, rel=1e-4)
     assert value("load", inputs, run(top_k, inputs)) == 0
+    # Experts that have no rival win all tokens that may choose them.
+    few = dataclasses.replace(inputs, allowed=np.broadcast_to(np.arange(E) < K, (2, 12, E)))
+    plan = run(top_k, few, noise="gaussian", noise_scale=3.0)
+    wins = np.outer([12, 9], np.arange(E) < K)
+    np.testing.assert_array_equal(plan.statistics["wins_se"], wins)
 
 
 def test_deepseek_sequence_counts_without_the_bias(value, run, make_inputs):

@@ -101,9 +101,9 @@ def test_group_score_by_hand(run, make_inputs):
     assert run(top_k, inputs, group_score="max", **options).expert_ids[0, 0, 0] == 0
     # 0.25 + 0.22 beats 0.40 + 0.01.
     assert run(top_k, inputs, group_score="top2", **options).expert_ids[0, 0, 0] == 2
-    # With one allowed expert left, the second group counts by that one alone.
+    # Groups with one allowed expert count by that one alone.
     allowed = np.ones((2, 12, E), bool)
-    allowed[..., 3] = False
+    allowed[..., [1, 3]] = False
     inputs = dataclasses.replace(inputs, allowed=allowed)
     assert run(top_k, inputs, group_score="top2", **options).expert_ids[0, 0, 0] == 0
 
