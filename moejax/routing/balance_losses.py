@@ -22,13 +22,13 @@ PER = ("batch", "group")
 
 
 def _sums(per: str, fields: Sums, value: Callable[[Mapping[str, Array]], Array]) -> Sums:
-    """Sums over all groups of fields [s, ...]; per group, the groups' values [s] and number."""
+    """Sums over all groups of fields [s, ...], or of the groups' values, 0 without tokens."""
     if per == "batch":
         return {name: field.sum(axis=0) for name, field in fields.items()}
-    values, counted = value(fields), fields["tokens"] > 0
+    values = value(fields)
     return {
-        "values": jnp.where(counted, values, 0).sum(),
-        "groups": counted.sum().astype(values.dtype),
+        "values": values.sum(),
+        "groups": (fields["tokens"] > 0).sum().astype(values.dtype),
     }
 
 

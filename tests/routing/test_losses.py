@@ -215,8 +215,8 @@ def test_experts_without_weights_may_be_used_more(value, make_inputs):
 def test_devices_are_groups_of_neighbours(value, make_inputs):
     """Uneven inside of devices, even between them: no loss above 1."""
     inputs = even(make_inputs, num_ffn=E)
-    probs = np.broadcast_to([0.5, 0, 0, 0.5, 0, 0], (2, 12, E))
-    plan = plan_of(np.broadcast_to([0, 3], (2, 12, 2)), probs)
+    probs = np.broadcast_to([0.5, 0, 0, 0, 0.5, 0], (2, 12, E))
+    plan = plan_of(np.broadcast_to([0, 4], (2, 12, 2)), probs)
     at = lambda devices: value("deepseek_device", inputs, plan, devices=devices)
     assert at(2) == pytest.approx(1, rel=1e-5)
     assert value("deepseek_expert", inputs, plan) == pytest.approx(3, rel=1e-5)
@@ -229,6 +229,11 @@ def test_information_is_greatest_for_sure_and_balanced_routing(value, make_input
     plan = plan_of(ids, np.eye(E)[ids[..., 0]])
     assert value("mutual_information", inputs, plan) == pytest.approx(-math.log(E), rel=1e-5)
     # Even tokens are of one modality and use even experts: M = 2 modalities, nothing shared.
+    assert value("modality_information", inputs, plan) == pytest.approx(-math.log(2), rel=1e-5)
+    # Each modality counts the same, however few its tokens.
+    inputs.modality[:] = [1] * 3 + [0] * 9
+    ids = np.repeat(inputs.modality[..., None], K, axis=-1)
+    plan = plan_of(ids, np.eye(E)[ids[..., 0]])
     assert value("modality_information", inputs, plan) == pytest.approx(-math.log(2), rel=1e-5)
 
 

@@ -122,6 +122,14 @@ def test_equal_attributes_have_equal_logits(apply, run):
     assert np.abs(logits[0, 0] - logits[0, 1]).max() > 1e-3
 
 
+def test_attributes_by_hand(apply):
+    params = make("attributes", 1, attributes=D)
+    hidden = np.asarray(jax.nn.gelu(X @ params["attribute_mzd"][0]))
+    hidden = (hidden - hidden.mean(-1, keepdims=True)) / hidden.std(-1, keepdims=True)
+    expected = hidden @ params["router_mde"][0]
+    np.testing.assert_allclose(apply("attributes", params), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_gating_residual(run):
     draw = np.random.default_rng(3)
     previous, weight = (np.float32(draw.normal(size=shape)) for shape in ((S, N, E), (E, E)))
@@ -178,6 +186,8 @@ def test_schedule_of_the_pool(run):
     assert counts == [4, 4, 5, 7, 11, 12, 12]
     assert [opened(run, t, 2, (0, 3)) for t in range(5)] == [4, 5, 6, 8, 8]
     assert opened(run, 10**6, 1, (0, 10)) == 4
+    # 41 times the rounded 1 / 41 is below 1.
+    assert opened(run, 41, 3, (0, 41)) == 12
 
 
 @pytest.mark.parametrize("own", [0, 2])
