@@ -145,6 +145,14 @@ class DecoderConfig:
         require_one_of(self.remat, ("none", "dots", "full"), "model.remat")
         require_one_of(self.kernel_backend, ("auto", "reference", "xla"), "model.kernel_backend")
         self.moe.check_modalities(self.modalities)
+        pool, period = self.moe.pool_layers, len(self.block_pattern)
+        middle = self.num_layers - len(self.first_blocks) - len(self.last_blocks)
+        require(
+            pool == 1 or (pool == period and middle % period == 0),
+            "model.moe.pool_layers",
+            f"{pool} layers share their experts: model.block_pattern names as many blocks (now "
+            f"{period}), which divide the {middle} layers that it is repeated over",
+        )
 
     @property
     def kv_heads(self) -> int:

@@ -296,3 +296,8 @@ def test_what_cannot_be_is_refused_by_field(changes, message):
 def test_a_routing_group_has_to_divide_the_rows_of_a_microbatch():
     with pytest.raises(UserError, match="model.moe.routing_group: 3 does not divide the 8 rows"):
         Config(model=decoder(moe_config(routing_group=3)))
+
+
+def test_layers_of_a_pool_are_one_period():
+    with pytest.raises(UserError, match="model.moe.pool_layers: 3 layers share their experts"):
+        decoder(moe_config(pool_layers=3), block_pattern=("moe", "moe"))
