@@ -16,7 +16,8 @@ def _nth_allowed(inputs: RouterInputs, number_sn: Int[Array, "s n"]) -> RoutingP
     # True for the one expert that has exactly ``wanted`` allowed ones before it.
     before = jnp.cumsum(may, axis=-1, dtype=jnp.int32) - may
     here = may & (before == wanted[..., None])
-    ids = jnp.where(count > 0, jnp.argmax(here, axis=-1), inputs.num_experts)[..., None]
+    first = jnp.argmax(here, axis=-1).astype(jnp.int32)
+    ids = jnp.where(count > 0, first, inputs.num_experts)[..., None]
     probs = here.astype(inputs.logits.dtype)
     return RoutingPlan(ids, probs.sum(axis=-1, keepdims=True), probs)
 
