@@ -29,6 +29,7 @@ def get_config(arg=""):
     moe.router.options = {"top_p": 0.7, "estimator": "sparsemixer", "gap": 0.01}
     # At most all; an expert has places for three fifths of the tokens, the largest weights first.
     moe.top_k, moe.capacity, moe.capacity_factor = 5, "weight", 0.6
+    moe.capacity_renormalise = True
     moe.score.jitter = 0.01
     chosen = {"per": "batch", "counted": "all", "chosen_only": True}
     moe.losses = ({"name": "gshard", "coefficient": 0.025, "options": chosen},)

@@ -83,6 +83,8 @@ class MoEConfig:
     capacity_factor: float = 1.25
     # Places of an expert with weights over those of one without.
     capacity_tau: float = 1.0
+    # What is left of a token's weights has the sum that all had.
+    capacity_renormalise: bool = False
     # 0 takes capacity_factor.
     eval_capacity_factor: float = 0.0
     # How the experts are run: "dropless", "capacity" (buffers), "dense" (each on every token).

@@ -259,7 +259,8 @@ class Routing(nn.Module):
         plan = router.function(inputs, **options)
         if moe.capacity != "none":
             places = places_of(moe, b * t // groups, ctx.train)
-            plan = limit_capacity(plan, inputs, places, moe.capacity, rng)
+            again = moe.capacity_renormalise
+            plan = limit_capacity(plan, inputs, places, moe.capacity, rng, renormalise=again)
         return plan, inputs, carry
 
     def _score(self, x_snd, modality_sn, previous_bte, columns: int, group):

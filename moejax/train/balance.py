@@ -42,6 +42,7 @@ def make_controller(config: Any) -> Callable[[Any, dict], Any]:
             counts_me.sum(axis=0),
             rate=moe.balance.rate,
             num_ffn=moe.pool,
+            num_shared=moe.shared_competing,
             **options,
         )
 
