@@ -5,9 +5,9 @@ probability min(1, 2 w_2) lets layers of experts grow with the devices that hold
 
     moejax train --config gshard         # or gshard:small: laptop CPU, built-in data, float32
 
-Every other layer has experts; the two weights are divided by their sum before the second is
-drawn. Departures: a decoder with SwiGLU experts on interleaved text and image codes, where the
-paper translates; a sequence is one group.
+Every other layer has experts; the two weights are divided by their sum before the second is drawn.
+Departures: evaluation drops nobody; a decoder with SwiGLU experts on interleaved text and image
+codes, where the paper translates; a sequence is one group.
 Parameters of ``gshard``: 5.11M in total, 2.75M active. Device, minutes, expected loss: not
 measured.
 """

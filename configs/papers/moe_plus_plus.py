@@ -7,10 +7,10 @@ on average after 100B tokens, with experts a quarter faster.
     moejax train --config moe_plus_plus  # or :small: laptop CPU, built-in data, float32
     moejax train --config moe_plus_plus:7b   # the paper's sizes: 0.6b 1b 2b 7b, bfloat16
 
-The logits of the layer before take part in the choice; loss and capacity (of all 2 T choices)
-give an expert with weights tau times the share of one without. As in the paper, not in its code:
-weights are not divided by their sum, inputs not multiplied by 2. Departures: data and vocabulary
-of ``chameleon``'s sizes.
+The logits of the layer before take part in the choice; loss and capacity (of all 2 T choices) give
+an expert with weights tau times the share of one without. As in the paper, not in its code: weights
+are not divided by their sum, inputs not multiplied by 2. Departures: evaluation drops nobody; data
+and vocabulary of ``chameleon``'s sizes.
 Parameters of ``moe_plus_plus``: 4.73M in total, 2.11M active. Device, minutes, expected loss:
 not measured.
 """

@@ -5,9 +5,9 @@ times the parameters of a dense one at its FLOPs, and trains.
 
     moejax train --config switch         # or switch:small: laptop CPU, built-in data, float32
 
-Every other layer has experts. Departures: a decoder with SwiGLU experts on interleaved text and
-image codes, where the paper has T5 and text; sequences are routed one by one. The dense baseline
-of equal FLOPs is ``chameleon`` with pre-norm and no QK-norm.
+Every other layer has experts. Departures: evaluation drops nobody; a decoder with SwiGLU experts on
+interleaved text and image codes, where the paper has T5 and text; sequences are routed one by one.
+The dense baseline of equal FLOPs is ``chameleon`` with pre-norm and no QK-norm.
 Parameters of ``switch``: 5.11M in total, 2.36M active. Device, minutes, expected loss: not
 measured.
 """
@@ -17,8 +17,8 @@ from moejax.config import load_config_dict
 ARGS = ("", "small")
 # fmt: off
 INFERRED = (
-    "model.block_pattern", "model.moe.capacity_factor", "model.moe.eval_capacity_factor",
-    "model.moe.losses", "model.moe.routing_group", "model.moe.score.jitter",
+    "model.block_pattern", "model.moe.capacity_factor", "model.moe.losses",
+    "model.moe.routing_group", "model.moe.score.jitter",
 )
 # fmt: on
 
@@ -30,7 +30,7 @@ def get_config(arg=""):
     model.block_pattern = ("untied", "moe")
     moe.num_experts, moe.top_k, moe.hidden = 8, 1, 512
     moe.score.jitter = 0.01
-    moe.capacity, moe.capacity_factor, moe.eval_capacity_factor = "order", 1.25, 2.0
+    moe.capacity, moe.capacity_factor = "order", 1.25
     moe.losses = ({"name": "switch", "coefficient": 0.01},)
     about.paper, about.family = "arXiv 2101.03961", "mixture-of-experts"
     about.mechanism_test = (

@@ -6,9 +6,9 @@ small shared ones compete with the rest: a 26B model runs 1.5B to 18B parameters
     moejax train --config uni_moe_2      # or uni_moe_2:small: laptop CPU, built-in data, float32
 
 Four routed experts, a null one, two shared ones of an eighth of the width. Chosen one after the
-other as in SparseMixer, sampled in training. Departures: experts are drawn, not warmed up on
-speech and pictures before; two modalities, no 3D RoPE. The base model is not known well enough
-here for its own size.
+other as in SparseMixer, sampled in training. Departures: evaluation drops nobody; experts are
+drawn, not warmed up on speech and pictures before; two modalities, no 3D RoPE. The base model is
+not known well enough here for its own size.
 Parameters of ``uni_moe_2``: 3.25M in total, 3.25M active. Device, minutes, expected loss: not
 measured.
 """

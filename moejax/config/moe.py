@@ -33,7 +33,7 @@ class ScoreConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RouterLossConfig:
-    """A loss of the routing (moejax/routing/losses.py), added once for each layer of experts."""
+    """A loss of the routing (moejax/routing/losses.py), added for each router of each layer."""
 
     name: str = ""
     coefficient: float = 0.01
@@ -73,7 +73,7 @@ class MoEConfig:
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
     # For each modality the experts that it may choose; () lets all choose all.
     allowed: tuple[tuple[int, ...], ...] = ()
-    # Sequences that are routed together, where a router compares tokens; 0: the whole batch.
+    # Sequences that are routed together, where a router compares tokens; 0: the whole (micro)batch.
     routing_group: int = 1
     # Who is dropped where more tokens choose an expert than it has places: "none", the last
     # ("order"), the tokens or the choices of the lowest weight ("priority", "weight"), or those who
@@ -85,7 +85,8 @@ class MoEConfig:
     capacity_tau: float = 1.0
     # What is left of a token's weights has the sum that all had.
     capacity_renormalise: bool = False
-    # 0 takes capacity_factor.
+    # Outside of training; 0 drops nobody. Above 0 what is dropped depends on tokens that come later
+    # and on how many are read at once, so that cached decoding is not the full forward.
     eval_capacity_factor: float = 0.0
     # How the experts are run: "dropless", "capacity" (buffers), "dense" (each on every token).
     dispatch: str = "dropless"
@@ -95,7 +96,8 @@ class MoEConfig:
     iterations: int = 1
     # Layers in a row that share their experts; each has a router over all of them.
     pool_layers: int = 1
-    # Steps over which the experts of the pool's other layers are let in (first, last).
+    # Training steps over which the experts of the pool's other layers are let in (first, last);
+    # outside of training all are open.
     pool_steps: tuple[int, int] = (0, 0)
     # A second router that learns what the first one, which sees all tokens, will choose.
     causal_router: bool = False
@@ -149,6 +151,22 @@ class MoEConfig:
         )
         for i, loss in enumerate(self.losses):
             require(loss.name != "", f"model.moe.losses[{i}].name", "names no loss")
+        first_last = self.pool_steps
+        require(
+            len(first_last) == 2 and 0 <= first_last[0] <= first_last[-1],
+            "model.moe.pool_steps",
+            f"are a first and a last step, got {first_last}",
+        )
+        require(
+            self.pool_layers > 1 or first_last == (0, 0),
+            "model.moe.pool_steps",
+            "needs model.moe.pool_layers above 1",
+        )
+        require(
+            not self.shared_competing or self.shared_hidden > 0,
+            "model.moe.shared_competing",
+            "needs a width, model.moe.shared_hidden",
+        )
         names = [loss.name for loss in self.losses]
         require(len(set(names)) == len(names), "model.moe.losses", f"one comes twice: {names}")
         require(

@@ -147,6 +147,12 @@ class DecoderConfig:
         self.moe.check_modalities(self.modalities)
         pool, period = self.moe.pool_layers, len(self.block_pattern)
         middle = self.num_layers - len(self.first_blocks) - len(self.last_blocks)
+        kinds, outside = set(self.block_pattern), set(self.first_blocks + self.last_blocks)
+        require(
+            pool == 1 or (len(kinds) == 1 and not kinds & outside and ":" not in min(kinds)),
+            "model.moe.pool_layers",
+            "layers that share their experts are of one kind, which no first or last block is of",
+        )
         require(
             pool == 1 or (pool == period and middle % period == 0),
             "model.moe.pool_layers",
@@ -176,6 +182,11 @@ class DecoderConfig:
             return base, self
         number = experts.isdecimal() and int(experts) > 0
         require(bool(number), "model.block_pattern", f"{kind!r}: {experts!r} is no number")
+        require(
+            self.moe.num_experts > 0,
+            "model.moe.num_experts",
+            f"must be positive where blocks have experts ({kind!r} says only how many)",
+        )
         own = dataclasses.replace(self.moe, num_experts=int(experts))
         return base, dataclasses.replace(self, moe=own)
 

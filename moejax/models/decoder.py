@@ -109,7 +109,7 @@ class Decoder(nn.Module):
             tokens_bt=tokens,
             positions_bt=batch["positions"],
             modality_bt=modality,
-            valid_bt=segments > 0,
+            valid_bt=_valid(batch),
             mask_bts=mask_bts,
             layout=(layout := self._layout(modality)),
             rng=self.make_rng("dropout") if train and self.has_rng("dropout") else None,
@@ -156,6 +156,14 @@ class Decoder(nn.Module):
             return None
         num = len(self.config.modalities)
         return run_local(lambda modality_bt: modality_layout(modality_bt, num), (modality,))
+
+
+def _valid(batch: dict) -> jax.Array:
+    """[b, t] False for padding, and for rows that only fill up a batch of an evaluation."""
+    valid = batch["segments"] > 0
+    if "weights" in batch:
+        valid &= (batch["weights"] > 0).any(axis=1, keepdims=True)
+    return valid
 
 
 def _capacity(cache: dict) -> int:

@@ -5,6 +5,7 @@ The plan is made outside of ``shard_map``, from all tokens of a routing group wh
 experts are run inside it, on each device's own tokens.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -29,6 +30,7 @@ from moejax.routing import (
     RouterInputs,
     RoutingPlan,
     SoftPlan,
+    add_previous,
     allowed_experts,
     check_options,
     check_router,
@@ -37,11 +39,13 @@ from moejax.routing import (
     heterogeneous_capacity,
     jitter,
     limit_capacity,
+    modality_attributes,
     pool_mask,
     routing_statistics,
 )
 
-# What the layer's key is folded with for all that routing draws.
+# What the layer's key is folded with for all that the first router draws, and one more for the
+# next; dropout has smaller numbers.
 _DRAW = 16
 
 
@@ -106,7 +110,8 @@ class MoE(nn.Module):
         begin, aux = x_btd, {}
         for i in range(moe.iterations):
             name = f"router_{i}" if i else "router"
-            plan, inputs, carry = Routing(cfg, name=name)(x_btd, carry, ctx)
+            rng = None if ctx.rng is None else jax.random.fold_in(ctx.rng, _DRAW + i)
+            plan, inputs, carry = Routing(cfg, name=name)(x_btd, carry, ctx.replace(rng=rng))
             if isinstance(plan, SoftPlan):
                 out = self._run_soft(plan, weights, x_btd)
             else:
@@ -167,12 +172,13 @@ class MoE(nn.Module):
 
         def local(x, ids, gates, wi, wo):
             tokens = x.shape[0] * x.shape[1]
-            # Of the groups that lie here, whole or in part.
-            here = max(1, -(-groups * x.shape[0] // b))
+            # Groups that lie here, whole or in part: this many when the cuts fall worst.
+            size = b // groups
+            here = -(-(x.shape[0] + size - math.gcd(x.shape[0], size)) // size)
             rows = None if plan.max_choices is None else plan.max_choices * here
-            buffer = None
-            if moe.dispatch == "capacity":
-                buffer = min(here * max(places_of(moe, b * t // groups, ctx.train)), tokens)
+            places = places_of(moe, b * t // groups, ctx.train)
+            # Where nobody is dropped, all may choose one expert.
+            buffer = tokens if places is None else min(here * max(places), tokens)
             return expert_mlp(
                 x.reshape(tokens, d),
                 wi.astype(dtype),
@@ -226,9 +232,7 @@ class Routing(nn.Module):
         groups = b // moe.routing_group if moe.routing_group and b % moe.routing_group == 0 else 1
 
         previous = carry.get("router_logits")
-        # Other keys than those of dropout.
-        rng = None if ctx.rng is None else jax.random.fold_in(ctx.rng, _DRAW)
-        seen = group(x_btd)
+        rng, seen = ctx.rng, group(x_btd)
         if moe.score.jitter and ctx.train and rng is not None:
             seen = jitter(jax.random.fold_in(rng, _DRAW), seen, moe.score.jitter)
         logits = self._score(seen, group(ctx.modality_bt), previous, columns, group)
@@ -257,8 +261,8 @@ class Routing(nn.Module):
             train=ctx.train,
         )
         plan = router.function(inputs, **options)
-        if moe.capacity != "none":
-            places = places_of(moe, b * t // groups, ctx.train)
+        places = places_of(moe, b * t // groups, ctx.train)
+        if places is not None:
             again = moe.capacity_renormalise
             plan = limit_capacity(plan, inputs, places, moe.capacity, rng, renormalise=again)
         return plan, inputs, carry
@@ -267,12 +271,17 @@ class Routing(nn.Module):
         cfg, moe = self.config, self.config.moe
         score = SCORES.get(moe.score.name, field="model.moe.score.name")
         modalities = len(cfg.modalities) if moe.score.per_modality else 1
-        shapes = score.shapes(x_snd.shape[-1], columns, modalities, **moe.score.options)
+        options = dict(moe.score.options)
+        if moe.score.name == "attributes":
+            # What is known of a token here is its modality.
+            x_snd = modality_attributes(modality_sn, len(cfg.modalities)).astype(x_snd.dtype)
+            options["attributes"] = len(cfg.modalities)
+        shapes = score.shapes(cfg.d_model, columns, modalities, **options)
         params = {}
         for name, (shape, init) in shapes.items():
             names = (axes.MODALITY, *(None,) * (len(shape) - 1))
             params[name] = self.param(name, partitioned(init, *names), shape, param_dtype(cfg))
-        logits = score.apply(params, x_snd, modality_sn, **moe.score.options)
+        logits = score.apply(params, x_snd, modality_sn, **options)
         if moe.score.gating_residual:
             residual_ee = self.param(
                 "residual_router_ee",
@@ -280,8 +289,8 @@ class Routing(nn.Module):
                 (columns, columns),
                 param_dtype(cfg),
             )
-            if previous_bte is not None:
-                logits = logits + group(previous_bte) @ residual_ee.astype(logits.dtype)
+            previous = None if previous_bte is None else group(previous_bte)
+            logits = add_previous(logits, previous, residual_ee)
         return logits
 
     def _causal(self, x_snd, columns: int):
@@ -300,8 +309,8 @@ class Routing(nn.Module):
             dtype,
         )
         x_snd = jax.lax.stop_gradient(x_snd).astype(dtype)
-        hidden = nn.silu(jnp.einsum("snd,df->snf", x_snd, wi_df))
-        return jnp.einsum("snf,fe->sne", hidden, wo_fe)
+        hidden = nn.silu(jnp.einsum("snd,df->snf", x_snd, wi_df, precision="highest"))
+        return jnp.einsum("snf,fe->sne", hidden, wo_fe, precision="highest")
 
     def _allowed(self, modality_sn, ctx: Context, columns: int, rng):
         """Which experts each token may choose [s, n, e]; None where all may choose all."""
@@ -321,14 +330,17 @@ class Routing(nn.Module):
         return allowed
 
 
-def places_of(moe: MoEConfig, tokens: int, train: bool) -> tuple[int, ...]:
-    """Places of each expert, with weights or without, for a routing group of so many tokens."""
-    factor = moe.capacity_factor
-    if not train and moe.eval_capacity_factor:
-        factor = moe.eval_capacity_factor
-    return heterogeneous_capacity(
-        tokens, moe.top_k, factor, moe.pool, moe.weightless, moe.capacity_tau
-    )
+def places_of(moe: MoEConfig, tokens: int, train: bool) -> tuple[int, ...] | None:
+    """Places of each expert, with weights or without, for a routing group of so many tokens.
+
+    None where nobody is dropped.
+    """
+    factor = moe.capacity_factor if train else moe.eval_capacity_factor
+    if moe.capacity == "none" or not factor:
+        return None
+    router = ROUTERS.get(moe.router.name, field="model.moe.router.name")
+    k = router.choices(moe.pool + moe.weightless, {**router.defaults(), **router_options(moe)})
+    return heterogeneous_capacity(tokens, k, factor, moe.pool, moe.weightless, moe.capacity_tau)
 
 
 def router_options(moe: MoEConfig) -> dict[str, Any]:
@@ -372,8 +384,36 @@ def check_moe(config: DecoderConfig) -> None:
     choices = moe.pool + moe.weightless
     check_router(moe.router.name, router_options(moe), choices, causal_model=True)
     check_score(moe.score.name, moe.score.options)
+    require(
+        "attributes" not in moe.score.options,
+        "model.moe.score.options.attributes",
+        "is the number of modalities; leave it out",
+    )
     for i, loss in enumerate(moe.losses):
         check_router_loss(loss.name, loss.options, f"model.moe.losses[{i}]")
+    noise = router_options(moe)
+    require(
+        "load" not in [loss.name for loss in moe.losses]
+        or (noise.get("noise") == "gaussian" and noise.get("noise_scale", 1.0) > 0),
+        "model.moe.losses",
+        "'load' is about noise; it needs model.moe.router.options.noise=gaussian",
+    )
+    require(
+        "causal_router" not in [loss.name for loss in moe.losses] or moe.causal_router,
+        "model.moe.causal_router",
+        "the loss 'causal_router' needs model.moe.causal_router=True",
+    )
+    own_router = ROUTERS.get(moe.router.name)
+    require(
+        moe.balance.name == "none" or own_router.biased,
+        "model.moe.balance.name",
+        f"router {moe.router.name!r} has no use for a bias",
+    )
+    require(
+        not moe.shared_competing or own_router.competing,
+        "model.moe.shared_competing",
+        f"router {moe.router.name!r} gives shared experts no weights; 0 adds them as they are",
+    )
     kind = f"controller {moe.balance.name!r}"
     own = {"ffn_share": 1.0} if moe.balance.name == "increment" else {}
     check_options(kind, own, moe.balance.options, "model.moe.balance.options")

@@ -17,9 +17,9 @@ LOGGED = ("max_violation", "drop_fraction", "entropy", "experts_per_token", "nul
 def with_routing(objective: Objective, model: Any) -> Objective:
     """``objective`` with the terms of ``model.moe``; as it is for a model without experts.
 
-    Each loss of ``model.moe.losses`` is formed for each layer from the sums over the whole batch,
-    and added with its coefficient once for each layer. Logged under ``router/<name>`` is the mean
-    over the layers.
+    Each loss of ``model.moe.losses`` is formed for each router from the sums over the whole batch,
+    and added with its coefficient once for each of them (a layer has one, or one for each of its
+    iterations). Logged under ``router/<name>`` is the mean over them.
     """
     moe = getattr(model, "moe", None)
     if moe is None or not moe.num_experts:
@@ -34,6 +34,9 @@ def with_routing(objective: Objective, model: Any) -> Objective:
     def loss(outputs: Any, batch: dict, rng: jax.Array | None = None) -> LossSums:
         sums = objective.loss(outputs, batch, rng)
         statistics = dict(routings(outputs.aux))
+        if not statistics:
+            # Experts are asked for, and no block has any.
+            return sums
         layers = sum(_layers(one) for one in statistics.values())
         scaled = tuple(
             dataclasses.replace(one, coefficient=one.coefficient * layers) for one in derived

@@ -19,7 +19,9 @@ _DRAW = 2
 POLICIES = ("order", "priority", "weight", "recycle")
 
 
-def expert_capacity(tokens: int, k: int, factor: float, experts: int, multiple: int = 1) -> int:
+def expert_capacity(
+    tokens: int, k: int | float, factor: float, experts: int, multiple: int = 1
+) -> int:
     """``ceil(tokens * k * factor / experts)``, then up to a multiple.
 
     V-MoE (arXiv 2106.05974) has multiples of 4, which raises small capacities.
@@ -28,7 +30,13 @@ def expert_capacity(tokens: int, k: int, factor: float, experts: int, multiple: 
 
 
 def heterogeneous_capacity(
-    tokens: int, k: int, factor: float, num_ffn: int, num_null: int, tau: float, multiple: int = 1
+    tokens: int,
+    k: int | float,
+    factor: float,
+    num_ffn: int,
+    num_null: int,
+    tau: float,
+    multiple: int = 1,
 ) -> tuple[int, ...]:
     """Places of each expert: those with weights have tau times those of experts without.
 

@@ -133,6 +133,8 @@ class Router:
       causal_rules: what ``causal_rule`` may be: how a router that is not causal chooses when it
         does not train. "none" says: no other way than in training.
       columns: (number of experts, options) -> columns of the logits.
+      biased: whether ``select_bias`` takes part in the choice.
+      competing: whether it gives weights to shared experts.
       choices: (number of experts, all options) -> how many a token chooses on average, or at the
         most where that depends on the token; for the accounting of FLOPs.
       check: (number of experts to choose from, all options) -> None; UserError for values that
@@ -143,6 +145,8 @@ class Router:
     causal: bool = True
     causal_rules: tuple[str, ...] = ()
     columns: Callable[[int, Mapping[str, Any]], int] = lambda experts, options: experts
+    biased: bool = False
+    competing: bool = False
     choices: Callable[[int, Mapping[str, Any]], float] = lambda experts, options: options.get(
         "top_k", options.get("capacity_factor", 1)
     )

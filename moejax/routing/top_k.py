@@ -49,7 +49,7 @@ def _check_top_k(num_experts: int, options: Mapping[str, Any]) -> None:
     )
 
 
-@router("top_k", check=_check_top_k)
+@router("top_k", biased=True, competing=True, check=_check_top_k)
 def top_k(
     inputs: RouterInputs,
     *,
@@ -181,7 +181,13 @@ def _check_sinkhorn(num_experts: int, options: Mapping[str, Any]) -> None:
     checks.require_above_zero(options, "scale")
 
 
-@router("sinkhorn", causal=False, causal_rules=("scores", "none"), check=_check_sinkhorn)
+@router(
+    "sinkhorn",
+    causal=False,
+    causal_rules=("scores", "none"),
+    competing=True,
+    check=_check_sinkhorn,
+)
 def sinkhorn_choice(
     inputs: RouterInputs,
     *,

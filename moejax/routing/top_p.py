@@ -23,7 +23,7 @@ def _check_top_p(num_experts: int, options: Mapping[str, Any]) -> None:
     checks.require_at_least(options, "gap", 0)
 
 
-@router("top_p", check=_check_top_p)
+@router("top_p", competing=True, check=_check_top_p)
 def top_p(
     inputs: RouterInputs,
     *,
@@ -89,7 +89,7 @@ def _check_threshold(num_experts: int, options: Mapping[str, Any]) -> None:
     checks.require_option(0 <= value < 1, "threshold", f"must be from 0 to below 1, got {value:g}")
 
 
-@router("threshold", check=_check_threshold)
+@router("threshold", competing=True, check=_check_threshold)
 def threshold(
     inputs: RouterInputs,
     *,

@@ -224,6 +224,9 @@ def _load(leaf: Leaf, name: str, source: Source, rules: Rules, used: set[str]) -
     there, axis = source.shapes[name], leaf.modality_axis
     other = f"{_text(there)} there, {_text(leaf.shape)} here"
     experts = leaf.expert_axis
+    moved = rules.experts not in ((), tuple(range(len(rules.experts))))
+    if moved and "/router" in name and there == leaf.shape:
+        return "its columns are for the experts there in another order"
     if experts is not None and leaf.shape[experts] == len(rules.experts):
         return _from_rows(leaf, name, source, rules) if _fits(leaf, there, experts) else other
     if axis is None or len(there) != len(leaf.shape):

@@ -6,6 +6,7 @@ optimizer takes it as frozen. The controller sees the counts of the whole batch,
 microbatches and devices.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,8 @@ def make_controller(config: Any) -> Callable[[Any, dict], Any]:
     moe = getattr(config.model, "moe", None)
     if moe is None or moe.balance.name == "none":
         return lambda params, statistics: params
+    # What the user freezes stays, biases too.
+    frozen = [re.compile(rule) for rule in config.optim.freeze if "@" not in rule]
 
     def one_layer(bias_e: jax.Array, counts_me: jax.Array) -> jax.Array:
         options = dict(moe.balance.options)
@@ -41,14 +44,15 @@ def make_controller(config: Any) -> Callable[[Any, dict], Any]:
             bias_e,
             counts_me.sum(axis=0),
             rate=moe.balance.rate,
-            num_ffn=moe.pool,
+            # Of this layer, whose block may have a number of its own.
+            num_ffn=len(bias_e) - moe.weightless - moe.shared_competing,
             num_shared=moe.shared_competing,
             **options,
         )
 
     def move(path, leaf, statistics):
         name = path_name(path)
-        if not name.endswith(f"/{SELECT_BIAS}"):
+        if not name.endswith(f"/{SELECT_BIAS}") or any(rule.search(name) for rule in frozen):
             return leaf
         counts_lme = statistics[_routing_of(name)]["statistics"]["chosen_me"]
         return jax.vmap(one_layer)(leaf, counts_lme).astype(leaf.dtype)

@@ -333,8 +333,10 @@ class _Profiler:
 def row_values(sums: StepMetrics, sources: Sequence[str] = ()) -> dict[str, float]:
     """The training fields of a metrics row: exact means over the steps that ``sums`` adds up.
 
-    A loss without a target in these steps is left out, as are all when every step was skipped.
-    ``sources`` names the sources of a mixture, whose losses are counted by number.
+    Values that are no means (``router/...``, and their part in ``train/loss``) are of the sums over
+    all these steps: a load that is even over them counts as even. A loss without a target in these
+    steps is left out, as are all when every step was skipped. ``sources`` names the sources of a
+    mixture, whose losses are counted by number.
     """
     names = {f"source_{index}": f"source/{name}" for index, name in enumerate(sources)}
     values: dict[str, float] = {}

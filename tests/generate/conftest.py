@@ -17,10 +17,17 @@ UNTIED = UntieConfig(qkv=True, out=True, ffn=True, norms=True, final_norm=True)
 KINDS = {
     "dense": {},
     "mot": {"untie": UNTIED},
-    # Also with logits that go from layer to layer, and two caches in a layer.
+    # Also with logits that go from layer to layer, two caches in a layer, and a capacity that
+    # drops most of the choices in training.
     "moe": {
         "block_pattern": ("moe", "shortcut_moe"),
-        "moe": MoEConfig(num_experts=4, hidden=16, score=ScoreConfig(gating_residual=True)),
+        "moe": MoEConfig(
+            num_experts=4,
+            hidden=16,
+            score=ScoreConfig(gating_residual=True),
+            capacity="order",
+            capacity_factor=0.3,
+        ),
     },
 }
 

@@ -120,9 +120,41 @@ def test_dispatches_agree_inside_the_model(dispatch):
     moe = moe_config(capacity="priority", capacity_factor=1.0)
     expected = model(decoder(moe))
     other = model(decoder(dataclasses.replace(moe, dispatch=dispatch)))
-    np.testing.assert_allclose(
-        other.logits(expected.params), expected.logits(), atol=1e-5, err_msg=dispatch
-    )
+    for train in (True, False):
+        got, wanted = (m.logits(expected.params, train=train) for m in (other, expected))
+        np.testing.assert_allclose(got, wanted, atol=1e-5, err_msg=dispatch)
+
+
+def test_outside_of_training_nobody_is_dropped():
+    """Unless asked for: who is dropped depends on tokens that come later."""
+    open_, narrow = moe_config(), moe_config(capacity="order", capacity_factor=0.5)
+    free, tight = model(decoder(open_)), model(decoder(narrow))
+    asked = model(decoder(dataclasses.replace(narrow, eval_capacity_factor=0.5)))
+    np.testing.assert_array_equal(tight.logits(free.params), free.logits())
+    dropped = tight.logits(free.params, train=True)
+    assert np.abs(dropped - free.logits())[:, REAL].max() > 1e-3
+    np.testing.assert_allclose(asked.logits(free.params), dropped, atol=1e-6)
+
+
+def test_rows_that_fill_up_a_batch_take_no_places():
+    """Expert choice over the whole batch, in which the second row counts for nothing."""
+    chosen = router("expert_choice", causal_rule="none")
+    run = model(decoder(moe_config(router=chosen, routing_group=0)))
+    batch = make_batch()
+    batch["weights"] = batch["weights"] * np.array([[1.0], [0.0]], np.float32)
+    other = {**batch, "tokens": np.where([[True], [False]], batch["tokens"], 17)}
+    a, b = (run.logits(batch=one) for one in (batch, other))
+    np.testing.assert_array_equal(a[0], b[0])
+
+
+def test_attributes_score_sees_the_modality_alone():
+    run = model(decoder(moe_config(score=ScoreConfig("attributes"))))
+    batch = make_batch()
+    aux = run.apply(run.params, batch, record=True).aux
+    ids = np.asarray(aux["segment_0"]["block_0"]["moe"]["router"]["expert_ids"])[0]
+    real = batch["segments"] > 0
+    for modality in (0, 1):
+        assert len({tuple(row) for row in ids[real & (batch["modality"] == modality)]}) == 1
 
 
 def test_scan_equals_unrolled_and_remat():
@@ -279,6 +311,15 @@ def test_losses_of_two_microbatches_are_those_of_the_batch():
         ({"router": router("topk")}, "model.moe.router.name: no router 'topk'; did you mean"),
         ({"router": router(renormalize=True)}, "model.moe.router.options.renormalize"),
         ({"losses": (RouterLossConfig("swich"),)}, "model.moe.losses[0]"),
+        ({"losses": (RouterLossConfig("load"),)}, "model.moe.losses: 'load' is about noise"),
+        ({"losses": (RouterLossConfig("causal_router"),)}, "model.moe.causal_router"),
+        ({"router": router("hash"), "balance": BalanceConfig("sign")}, "model.moe.balance.name"),
+        ({"shared_competing": 2}, "model.moe.shared_competing: needs a width"),
+        (
+            {"router": router("hash"), "shared_competing": 2, "shared_hidden": 8},
+            "model.moe.shared_competing: router 'hash'",
+        ),
+        ({"pool_steps": (1, 2)}, "model.moe.pool_steps: needs model.moe.pool_layers"),
         ({"score": ScoreConfig("mpl")}, "model.moe.score.name: no score 'mpl'; did you mean 'mlp'"),
         (
             {"balance": BalanceConfig("sign", options=Options(rat=1))},
@@ -288,7 +329,7 @@ def test_losses_of_two_microbatches_are_those_of_the_batch():
 )
 def test_what_cannot_be_is_refused_by_field(changes, message):
     with pytest.raises(UserError) as error:
-        build_decoder(decoder(dataclasses.replace(moe_config(), **changes)))
+        build_decoder(decoder(moe_config(**changes)))
     assert str(error.value).startswith(message), error.value
     assert "\n" not in str(error.value)
 
@@ -296,6 +337,24 @@ def test_what_cannot_be_is_refused_by_field(changes, message):
 def test_a_routing_group_has_to_divide_the_rows_of_a_microbatch():
     with pytest.raises(UserError, match="model.moe.routing_group: 3 does not divide the 8 rows"):
         Config(model=decoder(moe_config(routing_group=3)))
+
+
+def test_blocks_with_experts_need_experts():
+    with pytest.raises(UserError, match="model.moe.num_experts: must be positive where blocks"):
+        build_decoder(decoder(MoEConfig(), block_pattern=("moe:4",)))
+
+
+def test_experts_that_no_block_asks_for_change_nothing():
+    config = decoder(moe_config(), block_pattern=("untied",))
+    batch = jax.tree.map(jnp.asarray, make_batch())
+    sums = objective_of(config)(model(config).apply(model(config).params, batch, train=True), batch)
+    assert sums.derived == () and np.isfinite(sums.total())
+
+
+def test_layers_of_a_pool_are_of_one_kind():
+    for changes in ({"block_pattern": ("dense", "moe")}, {"first_blocks": ("moe",)}):
+        with pytest.raises(UserError, match="model.moe.pool_layers: layers that share"):
+            decoder(moe_config(pool_layers=2), **{"block_pattern": ("moe", "moe"), **changes})
 
 
 def test_layers_of_a_pool_are_one_period():

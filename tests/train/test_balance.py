@@ -84,3 +84,10 @@ def test_bias_of_a_skipped_step_stays(fake_data):
     np.testing.assert_array_equal(
         router_of(after.params)["select_bias_e"], router_of(before.params)["select_bias_e"]
     )
+
+
+def test_a_bias_that_is_frozen_by_name_stays(fake_data):
+    _, after, _ = one_step(optim__freeze=("stack/",))
+    assert np.all(router_of(after.params)["select_bias_e"] == 0)
+    _, after, _ = one_step(optim__freeze=("embedding_vd",))
+    assert np.any(router_of(after.params)["select_bias_e"] != 0)

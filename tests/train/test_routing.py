@@ -36,6 +36,7 @@ MODEL = DecoderConfig(
         zero_experts=1,
         capacity="order",
         capacity_factor=0.75,
+        eval_capacity_factor=0.75,
         losses=(RouterLossConfig("switch", 0.01),),
     ),
 )
