@@ -102,7 +102,7 @@ def test_logits_are_causal_with_causal_routers(decoder, tiny_batch, mixed):
 def test_loss_of_causal_routers_reaches_them_alone(decoder, tiny_batch, mixed):
     config, model, objective, params = decoder("moma:aux")
     batch = tiny_batch(mixed)
-    batch |= {"targets": batch["tokens"], "weights": np.zeros((2, 12), np.float32)}
+    batch |= {"targets": batch["tokens"], "weights": np.ones((2, 12), np.float32)}
     batch = jax.tree.map(jnp.asarray, batch)
 
     def loss(params):

@@ -66,7 +66,8 @@ def test_rexmoe_layers_choose_from_one_pool(experts_tiny, drawn, tiny_batch):
 def test_rexmoe_without_the_pool_is_a_plain_model(experts_tiny, drawn, tiny_batch):
     """Before others' experts are let in, each layer is a layer of experts with its own four."""
     tiny, batch = experts_tiny("rexmoe"), tiny_batch(0)
-    config, plain = (load_config("rexmoe", {**tiny, "model.moe.pool_layers": r}) for r in (2, 1))
+    alone = {"model.moe.pool_layers": 1, "model.moe.pool_steps": (0, 0)}
+    config, plain = load_config("rexmoe", tiny), load_config("rexmoe", {**tiny, **alone})
     model, plain_model = build(config)[0], build(plain)[0]
     params = drawn(model, config)
     period = params["stack"]["segment_0"]
