@@ -188,7 +188,11 @@ def _mlp(model: DecoderConfig, width: float, matrices: int = 3) -> TokenFlops:
 
 
 def _experts(model: DecoderConfig) -> TokenFlops:
-    """The router, the experts that a token runs on average, and what is shared."""
+    """The router, the experts that a token runs on average, and what is shared.
+
+    Of the router one linear map to logits; what some have beside it (causal routers, MLPs, logits
+    of the layer before, constant experts) is left out, as are sums for losses and statistics.
+    """
     moe = model.moe
     width = ffn_choices(moe) * (moe.hidden or max(model.ffn_hidden)) + moe.shared_hidden
     matrices = 3 if moe.activation == "swiglu" else 2
