@@ -132,7 +132,8 @@ def test_trains_and_evaluates_from_the_command_line(folder, command, tmp_path):
 
 def test_other_commands_know_the_package(imported, folder, tmp_path, monkeypatch, capsys):
     assert main(["list", "blocks", "--import", "my_package"]) == 0
-    assert "parallel  Attention and feed-forward side by side." in capsys.readouterr().out
+    listed = " ".join(capsys.readouterr().out.split())
+    assert "parallel Attention and feed-forward side by side." in listed
     flags = [f"--config.{name}={value}" for name, value in TINY.items()]
     monkeypatch.setenv("MOEJAX_CONFIG_PATH", str(folder))
     assert main(["inspect", "--config", "my_config", *flags, "--json"]) == 0

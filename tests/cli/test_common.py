@@ -83,7 +83,7 @@ def test_import_registers_a_package_in_the_current_folder(tmp_path, monkeypatch,
     # The test's block is forgotten afterwards.
     monkeypatch.setattr(BLOCKS, "_entries", dict(BLOCKS._entries))
     assert cli.main(["list", "blocks", "--import", "my_blocks"]) == 0
-    assert "  mine    A block of my own." in capsys.readouterr().out
+    assert "mine A block of my own." in " ".join(capsys.readouterr().out.split())
 
 
 def test_import_that_fails(tmp_path, monkeypatch):
