@@ -22,6 +22,7 @@ from moejax.nn.patch_adapter import patch_adapter
 SMALL = {"data.batch_size": 2, "data.sequence_length": 64}
 MOE = {
     "model.block_pattern": ("moe:6", "untied"),
+    "model.moe.num_experts": 4,
     "model.moe.top_k": 2,
     "model.moe.hidden": 40,
     "model.moe.shared_hidden": 24,
