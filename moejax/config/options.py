@@ -20,7 +20,7 @@ class Options(dict):
     def __deepcopy__(self, memo: dict) -> "Options":
         return self
 
-    def _refuse(self, *_: Any, **__: Any):
+    def _refuse(self: Any, *_: Any, **__: Any) -> Any:
         raise TypeError("options of a config do not change; make new ones")
 
     __setitem__ = __delitem__ = update = pop = clear = setdefault = popitem = _refuse

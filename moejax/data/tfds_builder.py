@@ -33,7 +33,7 @@ class FolderBuilder(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(self, folder: Path, rows: list[Row], digest: str, *, name: str, data_dir: Path):
-        self.name = name
+        self.name = name  # pyright: ignore[reportAttributeAccessIssue] -- a set has no class
         self._folder, self._rows, self._digest = folder, rows, digest
         super().__init__(data_dir=data_dir, file_format="array_record")
 

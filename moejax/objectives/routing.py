@@ -41,7 +41,7 @@ def with_routing(objective: Objective, model: Any) -> Objective:
         scaled = tuple(
             dataclasses.replace(one, coefficient=one.coefficient * layers) for one in derived
         )
-        return sums.replace(statistics=statistics, derived=scaled)
+        return dataclasses.replace(sums, statistics=statistics, derived=scaled)
 
     return dataclasses.replace(objective, loss=loss)
 

@@ -60,7 +60,7 @@ def make_optimizer(config: Config, params: Any) -> Optimizer:
     def init(params):
         return inner.init(trainable(frozen, params))
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
         return inner.update(trainable(frozen, updates), state, trainable(frozen, params))
 
     return Optimizer(optax.GradientTransformation(init, update), schedule, frozen)

@@ -17,7 +17,7 @@ of their axes. The learning rate is part of the transform, clipping is not.
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -105,7 +105,7 @@ def muon(optim: OptimConfig, schedule: Schedule, decay_mask: Any, params: Any):
 
     # optax.contrib.muon is not used whole: its own division of the parameters knows no boxes.
     numbers = jax.tree.map(dimensions, only("muon", params), is_leaf=is_box)
-    transforms = {
+    transforms: dict[Hashable, optax.GradientTransformation] = {
         "muon": optax.chain(
             optax.contrib.scale_by_muon(beta=optim.b1, weight_dimension_numbers=numbers),
             optax.stateless(lambda updates, _: jax.tree.map(_to_adamw_size, updates, numbers)),
@@ -116,7 +116,7 @@ def muon(optim: OptimConfig, schedule: Schedule, decay_mask: Any, params: Any):
     return optax.partition(transforms, labels)
 
 
-def _to_adamw_size(update: jax.Array, numbers: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+def _to_adamw_size(update: jax.Array, numbers: Any) -> jax.Array:
     sides = (math.prod(update.shape[axis] for axis in side) for side in numbers)
     return _ADAMW_RMS * max(sides) ** 0.5 * update
 
@@ -151,7 +151,7 @@ class _Stack:
     def split(self, x: jax.Array) -> jax.Array:
         return x.transpose(self.order).reshape(self.stacked)
 
-    def join(self, x: jax.Array) -> jax.Array:
+    def join(self, x: Any) -> jax.Array:
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
         return x.reshape(self.permuted).transpose(back)
 

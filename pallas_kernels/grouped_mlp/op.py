@@ -8,6 +8,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.grouped_mlp import reference, xla
+from pallas_kernels.grouped_mlp.operands import Operands
 from pallas_kernels.rows.xla import choices_to_rows, rows_to_choices
 from pallas_kernels.varying import cast_to_common_varying
 
@@ -64,30 +65,28 @@ class _Options(NamedTuple):
     group_offset: int
 
 
-def _scale(gates, token, row):
-    return None if gates is None else choices_to_rows(gates, token, row)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_mlp(options, x_td, wi_edf, wo_efd, token, row, group_sizes, gates):
-    scale = _scale(gates, token, row)
-    operands = (x_td, wi_edf, wo_efd, token, row, group_sizes, scale)
-    return xla.forward(*operands, keep_hidden=False, **options._asdict())[0]
+    of = _operands(x_td, wi_edf, wo_efd, token, row, group_sizes, gates)
+    return xla.forward(of, keep_hidden=False, **options._asdict())[0]
 
 
 def _grouped_mlp_fwd(options, x_td, wi_edf, wo_efd, token, row, group_sizes, gates):
-    scale = _scale(gates, token, row)
-    operands = (x_td, wi_edf, wo_efd, token, row, group_sizes, scale)
-    out_td, h_rf = xla.forward(*operands, keep_hidden=True, **options._asdict())
-    return out_td, (*operands, h_rf, gates)
+    of = _operands(x_td, wi_edf, wo_efd, token, row, group_sizes, gates)
+    out_td, h_rf = xla.forward(of, keep_hidden=True, **options._asdict())
+    return out_td, (of, h_rf, gates)
 
 
 def _grouped_mlp_bwd(options, residuals, dout_td):
-    *operands, h_rf, gates = residuals
-    row = operands[4]
-    dx_td, dwi_edf, dwo_efd, dscale = xla.backward(*operands, h_rf, dout_td, **options._asdict())
-    dgates = None if gates is None else rows_to_choices(dscale, row).astype(gates.dtype)
+    of, h_rf, gates = residuals
+    dx_td, dwi_edf, dwo_efd, dscale = xla.backward(of, h_rf, dout_td, **options._asdict())
+    dgates = None if gates is None else rows_to_choices(dscale, of.row).astype(gates.dtype)
     return dx_td, dwi_edf, dwo_efd, None, None, None, dgates
+
+
+def _operands(x_td, wi_edf, wo_efd, token, row, group_sizes, gates) -> Operands:
+    scale = None if gates is None else choices_to_rows(gates, token, row)
+    return Operands(x_td, wi_edf, wo_efd, token, row, group_sizes, scale)
 
 
 _grouped_mlp.defvjp(_grouped_mlp_fwd, _grouped_mlp_bwd)

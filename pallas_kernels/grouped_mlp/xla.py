@@ -7,23 +7,21 @@ from jax import lax
 
 from pallas_kernels.costs import Cost, costed_jit
 from pallas_kernels.grouped_mlp import loop, ragged
+from pallas_kernels.grouped_mlp.operands import Operands
 from pallas_kernels.tiles import worst_case_rows
 
 
-def forward(x_td, wi_edf, wo_efd, token, row, group_sizes, scale, **options):
+def forward(of: Operands, **options):
     """(out [t, d], h [rows, _] or None): tokens' sums, and what the first matrix gave.
 
-    ``scale`` is the gate of each row, zero for rows of nobody, or None; ``options`` are
-    ``activation``, ``group_offset`` and ``keep_hidden``.
+    ``options`` are ``activation``, ``group_offset`` and ``keep_hidden``.
     """
-    operands = (x_td, wi_edf, wo_efd, token, row, group_sizes, scale)
-    return _program("forward", _Shape.of(*operands), **options)(*operands)
+    return _program("forward", _Shape.of(of), **options)(of)
 
 
-def backward(x_td, wi_edf, wo_efd, token, row, group_sizes, scale, h_rf, dout_td, **options):
+def backward(of: Operands, h_rf, dout_td, **options):
     """(dx [t, d], dwi, dwo, dscale [rows] or None); ``options`` without ``keep_hidden``."""
-    operands = (x_td, wi_edf, wo_efd, token, row, group_sizes, scale)
-    return _program("backward", _Shape.of(*operands), **options)(*operands, h_rf, dout_td)
+    return _program("backward", _Shape.of(of), **options)(of, h_rf, dout_td)
 
 
 class _Shape(NamedTuple):
@@ -35,10 +33,9 @@ class _Shape(NamedTuple):
     num_groups: int
 
     @classmethod
-    def of(cls, x_td, wi_edf, wo_efd, token, row, group_sizes, scale):
-        del x_td, row, scale
-        e, d, wide = wi_edf.shape
-        return cls(token.shape[0], d, wide, wo_efd.shape[1], e, group_sizes.shape[0])
+    def of(cls, of: Operands):
+        e, d, wide = of.wi_edf.shape
+        return cls(of.num_rows, d, wide, of.wo_efd.shape[1], e, of.group_sizes.shape[0])
 
     def name(self, direction: str) -> str:
         sizes = f"{self.rows}x{self.d}x{self.wide}x{self.f}"

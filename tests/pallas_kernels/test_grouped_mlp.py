@@ -9,6 +9,7 @@ from moejax.ops.untied import swiglu
 from pallas_kernels import grouped_mlp, sort_by_group
 from pallas_kernels.costs import COSTS
 from pallas_kernels.grouped_mlp import loop, ragged
+from pallas_kernels.grouped_mlp.operands import Operands
 from pallas_kernels.rows.xla import choices_to_rows
 
 T, D, F, GROUPS, K = 90, 6, 5, 3, 2
@@ -70,9 +71,9 @@ def test_ragged_dot_path_agrees_with_the_loop(first, count):
     def program(kernel):
         def run(token, row, sizes):
             scale = choices_to_rows(gates, token, row)
-            args = (x, wi, wo, token, row, sizes, scale)
-            out, h = kernel.forward(*args, keep_hidden=True, **options)
-            return out, h, kernel.backward(*args, h, cotangent, **options)
+            of = Operands(x, wi, wo, token, row, sizes, scale)
+            out, h = kernel.forward(of, keep_hidden=True, **options)
+            return out, h, kernel.backward(of, h, cotangent, **options)
 
         return jax.jit(run)
 
