@@ -1,18 +1,43 @@
 """How many experts a token runs, for the accounting of parameters and FLOPs."""
 
+import math
+
 from moejax.config.moe import MoEConfig
+from moejax.config.schema import DecoderConfig
 from moejax.nn.moe import router_options
 from moejax.routing import ROUTERS
+from moejax.routing.scores import SCORES
 
 
 def ffn_choices(moe: MoEConfig) -> float:
     """Experts with weights that a token runs on average, in one iteration.
 
-    What the router chooses (for a router without a fixed number, the most that it may), less the
-    share that experts without weights have when all are chosen alike.
+    What the router chooses (for a router without a fixed number, the most that it may, or the most
+    that there are places for), less the share of experts without weights.
     """
     router = ROUTERS.get(moe.router.name, field="model.moe.router.name")
     options = {**router.defaults(), **router_options(moe)}
     choices = router.choices(moe.columns, options)
-    routed = moe.pool + moe.weightless
-    return min(choices * moe.pool / routed, float(moe.pool))
+    if moe.capacity != "none":
+        choices *= min(1.0, moe.capacity_factor)
+    return min(choices * moe.ffn_share, float(moe.pool))
+
+
+def router_products(model: DecoderConfig) -> float:
+    """Multiply-adds of a token's logits, in one iteration, and of constant experts' mixtures.
+
+    What is small is multiplied for all: by the scores of every modality, and for every constant
+    expert, of which one is kept.
+    """
+    moe, d = model.moe, model.d_model
+    router = ROUTERS.get(moe.router.name, field="model.moe.router.name")
+    columns = router.columns(moe.columns, {**router.defaults(), **router_options(moe)})
+    score = SCORES.get(moe.score.name, field="model.moe.score.name")
+    towers = len(model.modalities) if moe.score.per_modality else 1
+    shapes = score.shapes(d, columns, towers, **moe.score.options)
+    products = sum(math.prod(shape) for shape, _ in shapes.values() if len(shape) > 2)
+    if moe.score.gating_residual:
+        products += columns**2
+    if moe.causal_router:
+        products += d // 2 * (d + columns)
+    return float(products + moe.constant_experts * 3 * d)

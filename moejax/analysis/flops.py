@@ -1,4 +1,4 @@
-"""FLOPs per token from the config alone, and counted from the program that the config makes.
+"""FLOPs per token or picture: from the config alone, and counted from the program that it makes.
 
 Conventions: a multiply-add is two; every matmul that a token takes part in counts once, those of
 other modalities' towers not at all; logits count, embedding lookups, norms and softmax do not; a
@@ -7,19 +7,22 @@ does, arXiv 2204.02311 appendix B); its causal half, another convention, is give
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from moejax.analysis.experts import ffn_choices
+from moejax.analysis.experts import ffn_choices, router_products
 from moejax.analysis.jaxpr_flops import count_flops
 from moejax.analysis.params import abstract_batch, abstract_params
 from moejax.config import Config, Registry
-from moejax.config.schema import DecoderConfig
+from moejax.config.schema import AutoencoderConfig, DecoderConfig
 from moejax.models import build_model
+from moejax.models.autoencoder import CHANNELS
 from moejax.nn.patch_adapter import TIME_FREQUENCIES
 from moejax.objectives import build_objective
+from moejax.ops.pictures import max_pictures
 from pallas_kernels.costs import Cost
 
 BACKWARD_AND_FORWARD = 3
@@ -117,7 +120,8 @@ def counted_flops(config: Config) -> ProgramFlops:
 def decoder_flops(config: Config) -> dict[str, TokenFlops] | None:
     """Blocks and logits; None if a kind of block has no formula.
 
-    Pictures as latents have no logits, but an adapter into and out of the model's width.
+    Pictures as latents have no logits, but an adapter into and out of the model's width, which the
+    program runs for every position.
     """
     model, length = config.model, config.data.sequence_length
     kinds = [model.for_block(kind) for kind in model.block_kinds()]
@@ -125,9 +129,10 @@ def decoder_flops(config: Config) -> dict[str, TokenFlops] | None:
     if any(kind not in BLOCK_FLOPS for kind, _ in kinds):
         return None
     logits = TokenFlops(0.0, 0.0, 2.0 * model.d_model * model.vocab_size)
-    patches = TokenFlops(2.0 * adapter_products(model), 0.0, 0.0)
+    adapter = TokenFlops(2.0 * adapter_products(model, length) if continuous else 0.0, 0.0, 0.0)
     ends = {
-        name: patches if continuous and name == "image" else logits for name in model.modalities
+        name: adapter if continuous and name == "image" else adapter + logits
+        for name in model.modalities
     }
     return {
         name: sum((BLOCK_FLOPS.get(kind)(own, index, length) for kind, own in kinds), ends[name])
@@ -135,8 +140,11 @@ def decoder_flops(config: Config) -> dict[str, TokenFlops] | None:
     }
 
 
-def adapter_products(model: DecoderConfig) -> float:
-    """Multiply-adds of the patch adapter for one patch (moejax/nn/patch_adapter.py, unet.py)."""
+def adapter_products(model: DecoderConfig, length: int) -> float:
+    """Multiply-adds of the patch adapter for each position of a row of that length.
+
+    A U-Net runs on as many pictures as fit in a row (moejax/nn/patch_adapter.py, unet.py).
+    """
     latents, d = model.latents, model.d_model
     if latents.adapter == "linear":
         return (2 * latents.size + TIME_FREQUENCIES) * d
@@ -144,7 +152,32 @@ def adapter_products(model: DecoderConfig) -> float:
     # 3x3 convolutions in and out, two of each block (the second reads the skip as well), shortcut.
     per_cell = 9 * (2 * latents.channels * width + 5 * width**2) + 2 * width**2
     time = TIME_FREQUENCIES * width + 2 * width**2
-    return cells * (per_cell + 2 * d * width) + time / latents.tokens_per_image
+    per_patch = cells * (per_cell + 2 * d * width) + time / latents.tokens_per_image
+    patches = max_pictures(length, latents.tokens_per_image) * latents.tokens_per_image
+    return per_patch * patches / length
+
+
+@MODEL_FLOPS.register("fsq_autoencoder")
+def fsq_autoencoder_flops(config: Config) -> dict[str, TokenFlops]:
+    """Encoder and decoder of one picture, around codes."""
+    return {"image": _autoencoder(config.model, 2 * len(config.model.levels))}
+
+
+@MODEL_FLOPS.register("kl_autoencoder")
+def kl_autoencoder_flops(config: Config) -> dict[str, TokenFlops]:
+    """Encoder and decoder of one picture, around latents."""
+    return {"image": _autoencoder(config.model, 3 * config.model.latent_channels)}
+
+
+def _autoencoder(model: AutoencoderConfig, features: int) -> TokenFlops:
+    """Blocks of a 3x3 and a 1x1 convolution, linear maps from and to pixels.
+
+    ``features`` come out of the encoder and go into the decoder.
+    """
+    width, pixels = model.width, model.patch_size**2 * CHANNELS
+    blocks = (model.encoder_blocks + model.decoder_blocks) * (9 + 1) * width**2
+    ends = (2 * pixels + features) * width
+    return TokenFlops(2.0 * math.prod(model.grid) * (blocks + ends), 0.0, 0.0)
 
 
 @BLOCK_FLOPS.register("untied")
@@ -190,11 +223,10 @@ def _mlp(model: DecoderConfig, width: float, matrices: int = 3) -> TokenFlops:
 def _experts(model: DecoderConfig) -> TokenFlops:
     """The router, the experts that a token runs on average, and what is shared.
 
-    Of the router one linear map to logits; what some have beside it (causal routers, MLPs, logits
-    of the layer before, constant experts) is left out, as are sums for losses and statistics.
+    Sums for losses and statistics are left out.
     """
     moe = model.moe
     width = ffn_choices(moe) * (moe.hidden or max(model.ffn_hidden)) + moe.shared_hidden
     matrices = 3 if moe.activation == "swiglu" else 2
-    router = TokenFlops(2.0 * model.d_model * moe.columns, 0.0, 0.0)
+    router = TokenFlops(2.0 * router_products(model), 0.0, 0.0)
     return (_mlp(model, width, matrices) + router).scaled(moe.iterations)

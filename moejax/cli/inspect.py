@@ -1,5 +1,6 @@
 """``moejax inspect``: what a config makes, by shape evaluation; nothing is allocated or trained."""
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -31,15 +32,18 @@ def run(argv: list[str]) -> int:
 
 def inspect(config: Config) -> dict[str, Any]:
     """``{"json": the document of --json, "text": the table of the terminal}``."""
+    from moejax.analysis.decoding import decode_cost
     from moejax.analysis.flops import counted_flops, flops_by_modality, token_flops
     from moejax.analysis.params import param_table
     from moejax.api import build
     from moejax.train.setup import configure_jax
 
     configure_jax(config)
-    table = param_table(build(config)[0], config)
+    model = build(config)[0]
+    table = param_table(model, config)
     formula, counted = token_flops(config), counted_flops(config)
     by_modality = flops_by_modality(config) or {}
+    decode = decode_cost(model, config, formula, table)
     warnings = [
         f"{name}: more than 1 MiB, and whole on each device of a sharded mesh"
         for name in table.large_replicated()
@@ -58,6 +62,7 @@ def inspect(config: Config) -> dict[str, Any]:
         "counted_training_flops_per_token": counted.training.nominal,
         "visited_flops_per_token": counted.forward.visited,
         "visited_training_flops_per_token": counted.training.visited,
+        "decode": dataclasses.asdict(decode) if decode else None,
         "flops_per": "image" if config.data.format == "images" else "token",
         "mesh": table.mesh,
         "bytes_per_device": table.bytes_per_device,
@@ -105,6 +110,12 @@ def _text(document: dict[str, Any], table) -> str:
         f"training {_count(document['counted_training_flops_per_token'])}; "
         f"padding adds at most {100 * waste:.1f}%"
     )
+    if decode := document["decode"]:
+        text.append(
+            f"decoding      {_count(decode['flops'])} FLOPs for the last token of a full row, "
+            f"{_count(decode['mean_flops'])} for the mean one; {_bytes(decode['cache_bytes'])} "
+            f"of keys and values, {_bytes(decode['weight_bytes'])} of active weights"
+        )
     return "\n".join(text) + "\n"
 
 

@@ -186,6 +186,16 @@ class MoEConfig:
         return self.zero_experts + self.copy_experts + self.constant_experts
 
     @property
+    def ffn_share(self) -> float:
+        """The share of a token's choices that goes to experts with weights.
+
+        As when all are chosen alike; where places are limited, as when all are full (MoE++, arXiv
+        2410.07348: tau N_FFN / (tau N_FFN + N_ZC) of the FLOPs without weightless experts).
+        """
+        tau = self.capacity_tau if self.capacity != "none" else 1.0
+        return tau * self.pool / (tau * self.pool + self.weightless)
+
+    @property
     def columns(self) -> int:
         """Everything a router chooses from."""
         return self.pool + self.weightless + self.shared_competing

@@ -2,10 +2,11 @@
 
 from jaxtyping import Array, Float, Int
 
+from moejax.experts.activations import activation_named
 from moejax.experts.capacity import capacity_layout, capacity_mlp
 from moejax.experts.dense import dense_mlp
-from moejax.experts.dropless import dropless_mlp
 from moejax.experts.layout import dispatch_layout
+from pallas_kernels import grouped_mlp
 
 DISPATCHES = ("dense", "capacity", "dropless")
 
@@ -21,6 +22,7 @@ def expert_mlp(
     dispatch: str = "dropless",
     capacity: int | None = None,
     max_rows: int | None = None,
+    expected_share: float = 1.0,
     backend: str = "auto",
 ) -> Float[Array, "t d"]:
     """``out[t] = sum_k gates[t, k] * FFN_{ids[t, k]}(x[t])``.
@@ -40,6 +42,7 @@ def expert_mlp(
         order of tokens are dropped: they add nothing, as if their id were e.
       max_rows: the most choices there are, where that is known to be fewer than t * k (expert
         choice has a column for every expert, most of them empty).
+      expected_share: of the choices, those in [0, e) on average, for the count of FLOPs.
       backend: of the kernels, see :func:`pallas_kernels.grouped_matmul`.
 
     Returns:
@@ -53,7 +56,18 @@ def expert_mlp(
         return dense_mlp(x_td, wi_edf, wo_efd, expert_ids, gates, activation)
     if dispatch == "dropless":
         layout = dispatch_layout(expert_ids, num_experts, max_rows)
-        return dropless_mlp(x_td, wi_edf, wo_efd, layout, gates, activation, backend)
+        return grouped_mlp(
+            x_td,
+            wi_edf,
+            wo_efd,
+            layout.token,
+            layout.row,
+            layout.group_sizes,
+            gates,
+            activation=activation_named(activation),
+            expected_share=expected_share,
+            backend=backend,
+        )
     if dispatch != "capacity":
         raise ValueError(f"no dispatch {dispatch!r}: {', '.join(DISPATCHES)}")
     if not capacity or capacity < 1:

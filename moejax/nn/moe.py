@@ -189,6 +189,7 @@ class MoE(nn.Module):
                 dispatch=moe.dispatch,
                 capacity=buffer,
                 max_rows=rows,
+                expected_share=moe.ffn_share,
                 backend=cfg.kernel_backend,
             ).reshape(x.shape)
 

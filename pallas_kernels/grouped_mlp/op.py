@@ -24,6 +24,7 @@ def grouped_mlp(
     *,
     activation: Callable,
     group_offset: int = 0,
+    expected_share: float = 1.0,
     backend: str = "auto",
 ) -> Float[Array, "t d"]:
     """``out[t] = sum_k gates[t, k] * activation(x[t] @ wi[g]) @ wo[g]``, g the group of (t, k).
@@ -43,6 +44,7 @@ def grouped_mlp(
         the gate nor the token has a gradient, and the choice adds exactly zero.
       activation: elementwise or halving, on the last axis; static.
       group_offset: of the first local group.
+      expected_share: of the rows, those that belong to a group on average, for the count of FLOPs.
       backend: ``reference`` (every group for every row), ``xla`` (row tiles on CPU,
         ``lax.ragged_dot`` on TPU and GPU) or ``auto`` (``xla``).
 
@@ -51,10 +53,11 @@ def grouped_mlp(
     """
     if backend not in ("auto", "xla", "reference"):
         raise ValueError(f"grouped_mlp has no backend {backend!r}: auto, xla or reference")
-    options = _Options(activation, group_offset)
+    options = _Options(activation, group_offset, expected_share)
     operands = (x_td, wi_edf, wo_efd, token, row, group_sizes)
     if backend == "reference":
-        return reference.grouped_mlp(*operands, gates, **options._asdict())
+        options = {"activation": activation, "group_offset": group_offset}
+        return reference.grouped_mlp(*operands, gates, **options)
     if gates is None:
         return _grouped_mlp(options, *cast_to_common_varying(*operands), None)
     return _grouped_mlp(options, *cast_to_common_varying(*operands, gates))
@@ -63,6 +66,7 @@ def grouped_mlp(
 class _Options(NamedTuple):
     activation: Callable
     group_offset: int
+    expected_share: float
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

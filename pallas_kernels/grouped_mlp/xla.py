@@ -11,17 +11,17 @@ from pallas_kernels.grouped_mlp.operands import Operands
 from pallas_kernels.tiles import worst_case_rows
 
 
-def forward(of: Operands, **options):
+def forward(of: Operands, *, expected_share, **options):
     """(out [t, d], h [rows, _] or None): tokens' sums, and what the first matrix gave.
 
     ``options`` are ``activation``, ``group_offset`` and ``keep_hidden``.
     """
-    return _program("forward", _Shape.of(of), **options)(of)
+    return _program("forward", _Shape.of(of, expected_share), **options)(of)
 
 
-def backward(of: Operands, h_rf, dout_td, **options):
+def backward(of: Operands, h_rf, dout_td, *, expected_share, **options):
     """(dx [t, d], dwi, dwo, dscale [rows] or None); ``options`` without ``keep_hidden``."""
-    return _program("backward", _Shape.of(of), **options)(of, h_rf, dout_td)
+    return _program("backward", _Shape.of(of, expected_share), **options)(of, h_rf, dout_td)
 
 
 class _Shape(NamedTuple):
@@ -31,21 +31,26 @@ class _Shape(NamedTuple):
     f: int
     num_local: int
     num_groups: int
+    expected_rows: int
 
     @classmethod
-    def of(cls, of: Operands):
+    def of(cls, of: Operands, expected_share: float):
         e, d, wide = of.wi_edf.shape
-        return cls(of.num_rows, d, wide, of.wo_efd.shape[1], e, of.group_sizes.shape[0])
+        rows, groups = of.num_rows, of.group_sizes.shape[0]
+        # With a part of the groups: their share of evenly filled ones.
+        expected = round(rows * expected_share * e / groups)
+        return cls(rows, d, wide, of.wo_efd.shape[1], e, groups, expected)
 
     def name(self, direction: str) -> str:
         sizes = f"{self.rows}x{self.d}x{self.wide}x{self.f}"
-        return f"moejax_grouped_mlp_{direction}_{sizes}_{self.num_local}of{self.num_groups}"
+        groups = f"{self.num_local}of{self.num_groups}"
+        return f"moejax_grouped_mlp_{direction}_{sizes}_{groups}_{self.expected_rows}"
 
     def cost(self, direction: str) -> Cost:
-        """With a part of the groups, nominal is their share of evenly filled groups."""
+        """Nominal counts the expected rows."""
         per_row = 2.0 * self.d * (self.wide + self.f) * (2 if direction == "backward" else 1)
         return Cost(
-            nominal=per_row * self.rows * self.num_local / self.num_groups,
+            nominal=per_row * self.expected_rows,
             visited=per_row * worst_case_rows(self.rows, self.num_local),
         )
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import pytest
 from flax.core import meta
 
+from moejax.analysis.experts import ffn_choices
 from moejax.analysis.flops import (
     TokenFlops,
     adapter_products,
@@ -15,7 +16,9 @@ from moejax.analysis.flops import (
     token_flops,
 )
 from moejax.analysis.jaxpr_flops import count_flops
+from moejax.cli.list import config_args
 from moejax.config import load_config
+from moejax.config.load import short_names
 from moejax.nn.block import BLOCKS, dense_block
 from moejax.nn.patch_adapter import patch_adapter
 
@@ -27,6 +30,13 @@ MOE = {
     "model.moe.hidden": 40,
     "model.moe.shared_hidden": 24,
 }
+# What runs on a laptop, without :small, which is the default of its config.
+LAPTOP_CONFIGS = [
+    f"{name}:{arg}"
+    for name in short_names()
+    for arg in config_args(name)
+    if arg != "small" and load_config(f"{name}:{arg}").model.dtype == "float32"
+]
 UNTIED = {f"model.untie.{name}": True for name in ("qkv", "out", "ffn", "norms", "final_norm")}
 
 
@@ -108,12 +118,43 @@ def test_formula_of_a_patch_adapter_is_its_program(adapter):
     params = jax.eval_shape(run, jax.random.key(0), *inputs)
     apply = nn.apply(both_ways_of, module)
     counted = count_flops(apply, meta.unbox(params), *inputs)
-    assert counted.nominal == pytest.approx(2 * adapter_products(model) * patches, rel=1e-9)
+    products = adapter_products(model, patches)
+    assert counted.nominal == pytest.approx(2 * products * patches, rel=1e-9)
 
 
 def both_ways_of(module, latents, times, image_id):
     patches_btd, memory = module.encode(latents, times, image_id)
     return module.decode(patches_btd, memory)
+
+
+@pytest.mark.parametrize("spec", LAPTOP_CONFIGS)
+def test_formula_and_count_agree_on_every_laptop_config(spec):
+    config = load_config(spec)
+    formula, counted = token_flops(config), counted_flops(config)
+    assert formula is not None
+    assert counted.forward.nominal == pytest.approx(formula.forward, rel=0.01)
+    assert counted.training.nominal == pytest.approx(formula.training, rel=0.01)
+
+
+def test_formulas_of_the_papers_at_their_sizes():
+    """What the papers say of the FLOPs and the active parameters of their own models."""
+    forward = lambda spec: token_flops(load_config(spec)).forward
+    assert forward("mot:7b") == forward("chameleon:7b")
+    # Four experts of each modality, each on a quarter of its tokens; the widths are rounded.
+    assert forward("moma:1.4b") == pytest.approx(forward("chameleon:1.5b"), rel=0.02)
+    for size in ("0.6b", "1b", "2b", "7b"):
+        moe = load_config(f"moe_plus_plus:{size}").model.moe
+        tau, weightless = moe.capacity_tau, moe.weightless
+        share = tau * moe.num_experts / (tau * moe.num_experts + weightless)
+        assert ffn_choices(moe) == pytest.approx(share * moe.top_k)
+    deepseek = load_config("deepseek_moe:16b")
+    assert deepseek.about.total_params == pytest.approx(16.4e9, rel=0.01)
+    assert deepseek.about.active_params == pytest.approx(2.8e9, rel=0.02)
+    # Two FLOPs for each of them but the embedding table, and attention.
+    embedding = deepseek.model.vocab_size * deepseek.model.d_model
+    flops = token_flops(deepseek)
+    expected = 2 * (deepseek.about.active_params - embedding)
+    assert flops.weights + flops.logits == pytest.approx(expected, rel=1e-3)
 
 
 def test_mot_costs_what_dense_does():
@@ -158,7 +199,6 @@ def test_a_block_without_a_formula_is_counted_all_the_same(monkeypatch):
 
 def test_pictures_count_per_picture():
     config = load_config("tokenizer_fsq", {"data.batch_size": 2})
-    assert token_flops(config) is None
     one = counted_flops(config).training
     more = counted_flops(load_config("tokenizer_fsq", {"data.batch_size": 4})).training
     assert one.nominal == pytest.approx(more.nominal)

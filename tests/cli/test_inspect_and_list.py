@@ -29,6 +29,10 @@ def test_inspect_json(capsys):
     devices = got["mesh"]["fsdp"]
     assert got["bytes_per_device"] == pytest.approx(4 * got["total_params"] / devices, rel=1e-3)
     assert got["warnings"] == []
+    # 32 layers of 32 heads of 128, keys and values, two bytes each; 4,096 slots.
+    assert got["decode"]["cache_bytes"] == 32 * 2 * 4096 * 2 * 4096
+    assert got["decode"]["weight_bytes"] == 2 * got["active_params"]
+    assert got["decode"]["flops"] == got["flops_per_token"]
 
 
 def test_inspect_table(capsys):
