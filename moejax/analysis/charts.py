@@ -20,6 +20,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 34
 _MOST_POINTS = 300
 # Told apart also without colour vision (Okabe and Ito), and dark enough on white.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#8a3ffc", "#b8860b", "#cc3377")
+# For a line each of many runs; beyond the first six, names are better read under the pointer.
+MANY_COLORS = (*COLORS, "#2f9fd0", "#7a4a1e", "#6b7f00", "#1f3a93", "#e0559a", "#555555")
 LEVEL_COLOR = "#5f6b7a"
 
 
@@ -119,18 +121,23 @@ def line_chart(
         ],
         "levels": [{"name": level.name, "value": level.value} for level in levels],
     }
-    named = [(line.name, line.color, "solid") for line in lines]
-    named += [(level.name, LEVEL_COLOR, "dashed") for level in levels]
-    keys = "".join(
-        f'<span><i style="border-top:2px {style} {color}"></i>{escape(name)}</span>'
-        for name, color, style in named * legend
-    )
     return (
         f"<figure class='chart'><figcaption>{escape(title)}</figcaption>"
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}" '
         f'data-chart="{escape(json.dumps(data, separators=(",", ":")))}">{"".join(parts)}</svg>'
-        f"<div class='legend'>{keys}</div></figure>"
+        f"{chart_legend(lines, levels) if legend else ''}</figure>"
     )
+
+
+def chart_legend(lines: Sequence[Line], levels: Sequence[Level] = ()) -> str:
+    """What the lines and levels of a chart are called; one can stand for several charts."""
+    named = [(line.name, line.color, "solid") for line in lines]
+    named += [(level.name, LEVEL_COLOR, "dashed") for level in levels]
+    keys = "".join(
+        f'<span><i style="border-top:2px {style} {color}"></i>{escape(name)}</span>'
+        for name, color, style in named
+    )
+    return f"<div class='legend'>{keys}</div>"
 
 
 def thin(points: Sequence[Point]) -> list[Point]:

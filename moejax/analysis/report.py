@@ -15,14 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from moejax.analysis.charts import COLORS, Level, Line, line_chart, spread
-from moejax.analysis.report_page import Section, cards, data_uri, gallery, grid, page, table
+from moejax.analysis.report_page import (
+    Section,
+    cards,
+    data_uri,
+    gallery,
+    grid,
+    page,
+    table,
+    write_page,
+)
 from moejax.analysis.report_routing import routing_keys, routing_section
 from moejax.analysis.run import Run, read_run
 from moejax.config import schema
-from moejax.config.schema import EvalConfig
 from moejax.data.records import SPLITS
-from moejax.errors import UserError
-from moejax.train.evaluate import BASELINES, Patience
+from moejax.train.evaluate import BASELINES
 from moejax.train.workdir import flatten
 
 # Pictures of one name that are shown, spread evenly over the steps.
@@ -47,21 +54,7 @@ def write_report(
     """
     run = read_run(workdir)
     path = Path(out) if out is not None else run.workdir / "report" / "index.html"
-    if path.is_dir():
-        raise UserError(f"--out {path}: is a folder; name a file such as {path / 'report.html'}")
-    text = report_html(run)
-    first = text[: text.index("\n")]
-    try:
-        if path.exists() and not path.read_text(encoding="utf-8", errors="replace")[
-            : len(first)
-        ].startswith(first):
-            raise UserError(f"--out {path}: is there already and no report; name another file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror})") from error
+    write_page(path, report_html(run))
     return path, run.step
 
 
@@ -93,11 +86,9 @@ def report_html(run: Run) -> str:
 
 def _status(run: Run) -> str:
     total = run.field("train.steps", run.step)
-    if run.checkpoints and run.checkpoints[-1] >= total:
+    if run.finished:
         return f"trained to step {total}"
-    known = {field.name for field in dataclasses.fields(EvalConfig)}
-    recorded = {k: v for k, v in run.record.get("eval", {}).items() if k in known}
-    patience = Patience(EvalConfig(**recorded), run.rows)
+    patience = run.patience
     if patience.exhausted:
         return f"stopped early at step {run.step} of {total}: {patience.describe()}"
     return f"at step {run.step} of {total}: under way, or stopped to be gone on with"

@@ -3,14 +3,17 @@
 import base64
 import dataclasses
 import io
+import os
 from collections.abc import Collection, Iterable, Sequence
 from html import escape
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from moejax.analysis.charts import HOVER, LEVEL_COLOR
 from moejax.analysis.heatmaps import MAP_HOVER
+from moejax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,19 +25,46 @@ class Section:
     body: str
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> str:
-    """A table of text; the columns ``numbers`` are set to the right."""
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """A cell of a table that leads to ``address``, a URL that is quoted already."""
 
-    def row(cells: Sequence[str], tag: str) -> str:
+    text: str
+    address: str
+
+
+def table(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str | Link]],
+    numbers: Collection[int] = (),
+    *,
+    wide: bool = False,
+) -> str:
+    """A table of text and links.
+
+    Args:
+      head: titles of the columns; all "" for none.
+      rows: the cells.
+      numbers: columns that are set to the right.
+      wide: many columns: no cell is broken into lines, and the first stays when the rest scrolls.
+    """
+
+    def inner(cell: str | Link) -> str:
+        if isinstance(cell, Link):
+            return f'<a href="{escape(cell.address)}">{escape(cell.text)}</a>'
+        return escape(cell)
+
+    def row(cells: Sequence[str | Link], tag: str) -> str:
         marked = (
-            f"<{tag}{' class=number' if i in numbers else ''}>{escape(cell)}</{tag}>"
+            f"<{tag}{' class=number' if i in numbers else ''}>{inner(cell)}</{tag}>"
             for i, cell in enumerate(cells)
         )
         return f"<tr>{''.join(marked)}</tr>"
 
     top = f"<thead>{row(head, 'th')}</thead>" if any(head) else ""
     body = "".join(row(cells, "td") for cells in rows)
-    return f"<div class='scroll'><table>{top}<tbody>{body}</tbody></table></div>"
+    kind = "scroll wide" if wide else "scroll"
+    return f"<div class='{kind}'><table>{top}<tbody>{body}</tbody></table></div>"
 
 
 def cards(figures: Sequence[tuple[str, str, str]]) -> str:
@@ -74,13 +104,20 @@ def picture_uri(image: np.ndarray) -> str:
     return data_uri(file.getvalue())
 
 
-def page(title: str, about: str, status: str, summary: str, sections: Sequence[Section]) -> str:
-    """The whole document; its first line is what a report is told by."""
+def page(
+    title: str,
+    about: str,
+    status: str,
+    summary: str,
+    sections: Sequence[Section],
+    kind: str = "report",
+) -> str:
+    """The whole document; its first line is what a page of its ``kind`` is told by."""
     links = "".join(f'<a href="#{s.anchor}">{escape(s.title)}</a>' for s in sections)
     body = "".join(
         f'<section id="{s.anchor}"><h2>{escape(s.title)}</h2>{s.body}</section>' for s in sections
     )
-    return f"""<!doctype html><!-- moejax report -->
+    return f"""<!doctype html><!-- moejax {kind} -->
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -99,6 +136,27 @@ def page(title: str, about: str, status: str, summary: str, sections: Sequence[S
 </body>
 </html>
 """
+
+
+def write_page(path: Path, text: str, kind: str = "report") -> None:
+    """Writes a :func:`page` in one piece, over an older one of its kind and over nothing else.
+
+    Raises:
+      UserError: ``path`` is a folder or another file, or cannot be written.
+    """
+    if path.is_dir():
+        raise UserError(f"--out {path}: is a folder; name a file such as {path / f'{kind}.html'}")
+    first = text[: text.index("\n")]
+    try:
+        if path.exists() and not path.read_text("utf-8", errors="replace").startswith(first):
+            raise UserError(f"--out {path}: is there already and no {kind}; name another file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        # Names of files can hold what is no text.
+        temporary.write_text(text, "utf-8", errors="replace")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be written ({error.strerror})") from error
 
 
 # Nothing is fetched, from wherever the page is opened.
@@ -157,6 +215,9 @@ th, td {{ padding: .28rem 1.4rem .28rem 0; text-align: left; vertical-align: top
   border-bottom: 1px solid #e8ebef; overflow-wrap: anywhere; }}
 td:first-child {{ font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   font-size: .84rem; }}
+td a {{ color: #0b5cad; }}
+.wide th, .wide td {{ white-space: nowrap; }}
+.wide :is(th, td):first-child {{ position: sticky; left: 0; background: #fff; }}
 .number {{ text-align: right; font-variant-numeric: tabular-nums; }}
 details {{ margin-top: 1rem; }}
 summary {{ cursor: pointer; color: #0b5cad; }}

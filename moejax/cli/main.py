@@ -15,6 +15,8 @@ COMMANDS = {
     "report": "one HTML file that shows a run: losses, samples, speed, config, environment",
     "inspect": "parameters (total, active), FLOPs per token, bytes and sharding per device",
     "bench": "how long a layer takes beside the dense one of equal FLOPs",
+    "compare": "several configs at equal training FLOPs, with intervals over seeds",
+    "isoflop": "one config at several widths and equal FLOPs: best sizes and a scaling law",
     "prepare": "make a data set from public packages or a folder of pictures",
     "list": "the configs, sources, blocks, objectives, ... that a config can name",
 }

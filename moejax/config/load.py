@@ -86,7 +86,9 @@ def load_config_dict(spec: str, overrides: Sequence[str] = ()) -> ml_collections
     # Also of a config that is made from another one.
     config.about.name = f"{path.stem}_{arg}" if arg else path.stem
     values = flags.FlagValues()
-    argv = ["moejax", *(_normalised(override, config) for override in overrides)]
+    # Of a field that is given twice the last value counts; absl would join tuples.
+    given = dict(_normalised(override, config).split("=", 1) for override in overrides)
+    argv = ["moejax", *(f"{field}={value}" for field, value in given.items())]
     config_flags.DEFINE_config_dict(
         "config", config, lock_config=True, flag_values=values, sys_argv=argv
     )

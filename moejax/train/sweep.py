@@ -70,22 +70,28 @@ def run_sweep(points: Sequence[SweepPoint], workdir: str | os.PathLike) -> list[
     return rows
 
 
-def _run_point(point: SweepPoint, folder: Path) -> Row:
-    """Trains one point; whatever goes wrong in it ends in its row."""
+def train_apart(config: Config, folder: Path) -> None:
+    """:func:`train` as one of several runs of this process, of which nothing is left for others."""
     settings: Any = jax.config
     wide = settings.jax_enable_x64
+    try:
+        train(config, folder)
+    finally:
+        # The next run starts like the first: no float64 and no programs are left of this one.
+        jax.config.update("jax_enable_x64", wide)
+        jax.clear_caches()
+
+
+def _run_point(point: SweepPoint, folder: Path) -> Row:
+    """Trains one point; whatever goes wrong in it ends in its row."""
     failure = ""
     try:
-        train(point.config, folder)
+        train_apart(point.config, folder)
     except (UserError, NonFiniteLoss) as error:
         failure = " ".join(str(error).split())
     except Exception as error:
         traceback.print_exc()
         failure = " ".join(f"{type(error).__name__}: {error}".split())
-    finally:
-        # The next point starts like the first: no float64 and no programs are left of this one.
-        jax.config.update("jax_enable_x64", wide)
-        jax.clear_caches()
     row = _row(point, folder)
     if failure:
         _say(f"point {point.name} failed: {failure}", file=sys.stderr)
@@ -101,7 +107,7 @@ def _row(point: SweepPoint, folder: Path) -> Row:
     values.pop("wall_time", None)
     return {
         "point": point.name,
-        "status": "done" if _finished(point.config, folder) else "pending",
+        "status": "done" if is_finished(point.config, folder) else "pending",
         "fields": point.fields,
         "workdir": str(folder),
         "step": step,
@@ -109,7 +115,8 @@ def _row(point: SweepPoint, folder: Path) -> Row:
     }
 
 
-def _finished(config: Config, folder: Path) -> bool:
+def is_finished(config: Config, folder: Path) -> bool:
+    """Whether the run in ``folder`` has come to its last step, or stopped early."""
     steps = saved_steps(folder / "checkpoints")
     if not steps:
         return False

@@ -79,6 +79,7 @@ class Clock:
     tokens: int = 0
     slots: int = 0
     examples: int = 0
+    steps: int = 0
     total_seconds: float = 0.0
     total_waited: float = 0.0
     _since: float = dataclasses.field(default_factory=time.perf_counter)
@@ -86,6 +87,7 @@ class Clock:
     def step(self, batch: dict, waited: float) -> None:
         """Notes a step on ``batch`` (numpy) that waited ``waited`` seconds for it."""
         self.waited += waited
+        self.steps += 1
         if "segments" in batch:
             self.tokens += int(np.count_nonzero(batch["segments"]))
             self.slots += batch["segments"].size
@@ -95,7 +97,7 @@ class Clock:
     def restart(self) -> None:
         """Forgets what was counted so far, and starts again now."""
         self.seconds = self.waited = 0.0
-        self.tokens = self.slots = self.examples = 0
+        self.tokens = self.slots = self.examples = self.steps = 0
         self._since = time.perf_counter()
 
     @contextlib.contextmanager
@@ -109,7 +111,8 @@ class Clock:
         """The fields of a metrics row; starts anew."""
         seconds = self.seconds + time.perf_counter() - self._since
         values: dict[str, float] = {}
-        if self.tokens or self.examples:
+        if self.steps:
+            values["train/seconds_per_step"] = seconds / self.steps
             values["train/input_wait_fraction"] = self.waited / seconds
         if self.tokens:
             values["train/tokens_per_second"] = self.tokens / seconds

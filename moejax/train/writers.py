@@ -21,6 +21,7 @@ from moejax.errors import UserError
 # Fields that differ between two runs that are otherwise equal.
 TIME_FIELDS = (
     "wall_time",
+    "train/seconds_per_step",
     "train/tokens_per_second",
     "train/examples_per_second",
     "train/input_wait_fraction",

@@ -38,6 +38,7 @@ def test_clock_leaves_out_padding_and_pauses(monkeypatch):
         now[0] = 50.0
     now[0] = 51.0
     assert clock.read() == {
+        "train/seconds_per_step": 2.0,
         "train/input_wait_fraction": 0.25,
         "train/tokens_per_second": 4 / 2,
         # All 8 places are computed: 80 FLOPs in 2 s, of 1000 a second.

@@ -1,0 +1,1 @@
+"""FLOP-matched comparison: the plan, the statistics, the tables and the pictures."""

@@ -1,0 +1,229 @@
+"""What the runs of a comparison measured, read from their folders, and what follows from it."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from moejax.analysis.compare.matching import (
+    Curve,
+    Interval,
+    budget_ratio,
+    loss_difference,
+    mean_interval,
+    verdict,
+)
+from moejax.analysis.compare.plan import (
+    MOST_RATES,
+    RATE_FACTOR,
+    Arm,
+    Plan,
+    Run,
+    positions_per_step,
+)
+from moejax.config import Config
+from moejax.train.writers import read_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluations:
+    """Held-out losses of one run.
+
+    Attributes:
+      steps: of each evaluation.
+      losses: of each modality, nats a token, at each of them.
+      seconds_per_step: the median over the run's rows.
+      stable: how many of them lie before the learning rate decays (all, without a decay).
+    """
+
+    steps: tuple[int, ...]
+    losses: dict[str, tuple[float, ...]]
+    seconds_per_step: float
+    stable: int
+
+    @property
+    def score(self) -> float:
+        """What learning rates are chosen by: the mean over modalities of the lowest loss."""
+        lowest = [min(losses) for losses in self.losses.values()]
+        value = sum(lowest) / len(lowest)
+        return value if math.isfinite(value) else math.inf
+
+    def curve(self, modality: str, per_step: float) -> Curve:
+        """Loss over what is spent, where a step costs ``per_step``."""
+        spent = tuple(step * per_step for step in self.steps[: self.stable])
+        return Curve(spent, self.losses[modality][: self.stable])
+
+
+def read_evaluations(folder: Path, config: Config) -> Evaluations | None:
+    """None where nothing was evaluated (a run that failed early)."""
+    rows = read_rows(folder / "metrics.jsonl")
+    modalities = config.model.modalities
+    evaluated = [row for row in rows if f"eval/{modalities[0]}/loss" in row]
+    seconds = sorted(
+        row["train/seconds_per_step"] for row in rows if "train/seconds_per_step" in row
+    )
+    if not evaluated:
+        return None
+    optim, steps = config.optim, tuple(row["step"] for row in evaluated)
+    decays = optim.decay_fraction if optim.schedule == "wsd" else 0.0
+    stable = sum(step <= config.train.steps * (1 - decays) for step in steps)
+    return Evaluations(
+        steps=steps,
+        losses={name: tuple(row[f"eval/{name}/loss"] for row in evaluated) for name in modalities},
+        seconds_per_step=seconds[len(seconds) // 2] if seconds else 0.0,
+        stable=max(1, stable),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ArmResult:
+    """An arm with its runs.
+
+    Attributes:
+      arm: the arm.
+      tried: (learning rate, score with seed 0) of its sweep, rising; infinite where it failed.
+      rate: the chosen one.
+      runs: of the chosen rate, (run, its evaluations) for each seed in order.
+    """
+
+    arm: Arm
+    tried: tuple[tuple[float, float], ...]
+    rate: float
+    runs: tuple[tuple[Run, Evaluations], ...]
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether a better rate may lie beyond those that were tried."""
+        return len(self.tried) > 1 and self.rate in (self.tried[0][0], self.tried[-1][0])
+
+    def flops_curves(self, modality: str) -> list[Curve]:
+        return [one.curve(modality, self.arm.flops_per_step) for _, one in self.runs]
+
+    def seconds_curves(self, modality: str) -> list[Curve]:
+        return [one.curve(modality, one.seconds_per_step) for _, one in self.runs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """An arm against the baseline on one modality.
+
+    Attributes:
+      arm, baseline, modality: which.
+      ratio: FLOPs to the baseline's lowest loss, over the baseline's own.
+      seconds: the same of seconds of training.
+      reverse: FLOPs that the baseline needs to the arm's lowest loss, over the arm's own.
+      loss: lowest held-out loss over seeds, nats a token.
+      difference: that loss less the baseline's, paired.
+      turned: seeds whose loss had turned at the end, of the arm or the baseline.
+      verdict: what can be said.
+    """
+
+    arm: str
+    baseline: str
+    modality: str
+    ratio: Interval
+    seconds: Interval
+    reverse: Interval
+    loss: Interval
+    difference: Interval
+    turned: int
+    verdict: str
+
+    def document(self) -> dict[str, Any]:
+        """Flat, as summary.json has it."""
+        document: dict[str, Any] = {
+            "arm": self.arm,
+            "baseline": self.baseline,
+            "modality": self.modality,
+            "ratio": self.ratio.mean,
+            "low": self.ratio.low,
+            "high": self.ratio.high,
+            "seeds": self.ratio.seeds,
+            "censored": self.ratio.censored,
+            "verdict": self.verdict,
+            "turned": self.turned,
+        }
+        others = {
+            "seconds_ratio": self.seconds,
+            "reverse_ratio": self.reverse,
+            "loss": self.loss,
+            "loss_difference": self.difference,
+        }
+        for name, interval in others.items():
+            document[name] = interval.mean
+            document[f"{name}_low"], document[f"{name}_high"] = interval.low, interval.high
+        document["seconds_censored"] = self.seconds.censored
+        document["reverse_censored"] = self.reverse.censored
+        return document
+
+
+def compare_arm(arm: ArmResult, baseline: ArmResult, modality: str) -> Row:
+    """The statistics of an arm on one modality, over the seeds that both have."""
+    seeds = min(len(arm.runs), len(baseline.runs))
+    flops, own_flops = arm.flops_curves(modality)[:seeds], baseline.flops_curves(modality)[:seeds]
+    seconds, own_seconds = (one.seconds_curves(modality)[:seeds] for one in (arm, baseline))
+    ratio, difference = budget_ratio(flops, own_flops), loss_difference(flops, own_flops)
+    pairs = zip(flops, own_flops, strict=True)
+    return Row(
+        arm=arm.arm.name,
+        baseline=baseline.arm.name,
+        modality=modality,
+        ratio=ratio,
+        seconds=budget_ratio(seconds, own_seconds),
+        reverse=budget_ratio(own_flops, flops),
+        loss=mean_interval([curve.lowest for curve in flops]),
+        difference=difference,
+        turned=sum(a.turned or b.turned for a, b in pairs),
+        verdict=verdict(ratio, difference),
+    )
+
+
+def summary_rows(results: Sequence[ArmResult], modalities: Sequence[str]) -> list[Row]:
+    """Every arm but the baseline, on every modality."""
+    baseline = results[0]
+    return [compare_arm(arm, baseline, name) for arm in results[1:] for name in modalities]
+
+
+def evaluation_rows(results: Sequence[ArmResult], modalities: Sequence[str]) -> list[dict]:
+    """Every evaluation of every run of the chosen rates, as comparison.csv has them."""
+    rows = []
+    for result in results:
+        places = positions_per_step(result.arm.config)
+        for run, one in result.runs:
+            for modality in modalities:
+                for step, loss in zip(one.steps, one.losses[modality], strict=True):
+                    rows.append(
+                        {
+                            "arm": result.arm.name,
+                            "seed": run.seed,
+                            "modality": modality,
+                            "flops": step * result.arm.flops_per_step,
+                            "loss": loss,
+                            "step": step,
+                            "tokens": step * places,
+                            "seconds": step * one.seconds_per_step,
+                            "learning_rate": run.rate,
+                        }
+                    )
+    return rows
+
+
+def choose_rate(
+    plan: Plan, arm: Arm, score: Callable[[Run], float]
+) -> tuple[tuple[tuple[float, float], ...], float]:
+    """The sweep of an arm with seed 0: ((rate, score) of all that were tried, the best rate).
+
+    Where the best rate lies at an end of the sweep, the next one beyond it is tried as well, up to
+    ``MOST_RATES``; nothing is compared at a rate that was cut off by the grid.
+    """
+    tried = {rate: score(arm.run(rate, 0)) for rate in plan.rates}
+    while plan.swept:
+        best, rates = min(tried, key=lambda rate: tried[rate]), sorted(tried)
+        beyond = {rates[0]: rates[0] / RATE_FACTOR, rates[-1]: rates[-1] * RATE_FACTOR}
+        if best not in beyond or len(tried) >= MOST_RATES or math.isinf(tried[best]):
+            break
+        rate = float(f"{beyond[best]:.6g}")
+        tried[rate] = score(arm.run(rate, 0))
+    best = min(tried, key=lambda rate: tried[rate])
+    return tuple(sorted(tried.items())), best
