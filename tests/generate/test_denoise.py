@@ -74,7 +74,7 @@ def full_batch(rows, latents, times=0.0) -> dict:
     }
 
 
-@pytest.mark.parametrize("adapter", ["linear", "unet"])
+@pytest.mark.parametrize("adapter", ["linear", pytest.param("unet", marks=pytest.mark.slow)])
 def test_denoising_with_a_cache_is_the_full_forward(adapter):
     model, params = tiny(adapter)
     noisy = np.random.default_rng(9).normal(size=(3, PATCHES, SIZE)).astype(np.float32)

@@ -297,7 +297,7 @@ def test_groups_survive_the_command_line_and_config_json(tmp_path):
 DECODER = DecoderConfig(vocab_size=284, num_layers=1, d_model=16, num_heads=2, ffn_hidden=(16,))
 
 
-@pytest.mark.parametrize("name", ["adafactor", "muon"])
+@pytest.mark.parametrize("name", [pytest.param("adafactor", marks=pytest.mark.slow), "muon"])
 def test_what_sees_whole_matrices_trains_sharded_as_on_one_device(fake_data, name):
     config = dataclasses.replace(make_config(optim__name=name, data__batch_size=16), model=DECODER)
     results = []

@@ -198,6 +198,7 @@ def text_logits(model, params):
     return np.array(jax.jit(lambda p: model.apply({"params": p}, batch).logits)(params))
 
 
+@pytest.mark.slow
 def test_lmfusion_recipe(fake_data, tmp_path, capsys):
     """LMFusion (arXiv 2412.15188): the image tower begins as the text tower; it alone moves."""
     options = {"eval__metrics": (), "train__checkpoint_every": 3, "optim__weight_decay": 0.3}

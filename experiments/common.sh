@@ -1,0 +1,36 @@
+# Sourced by the run.sh of each comparison; run.sh takes "cpu" (two cores, the default) or "gpu".
+#
+# Every comparison is of decoders on emoji3m in four art styles, eight variants of each training
+# picture (moved, shrunk, mirrored where that changes no meaning), names in one language. The same
+# command again goes on where it was stopped.
+set -euo pipefail
+SIZE="${1:-cpu}"
+HERE="$(cd "$(dirname "$0")" && pwd)"
+DATA=(--config.data.source=local:emoji3m --config.data.variants=8)
+case "$SIZE" in
+  cpu)
+    BUDGET="${BUDGET:-flops=2e12}"
+    # Twelve batches of held-out pictures: about a hundred concepts in four styles.
+    FRAME=(--config.data.batch_size=16 --config.data.sequence_length=160 --config.eval.batches=12)
+    ;;
+  gpu)
+    BUDGET="${BUDGET:-flops=2e15}"
+    FRAME=(--config.data.batch_size=128 --config.data.sequence_length=320 --config.model.d_model=512
+      --config.model.num_heads=8 --config.model.num_layers=8 --config.model.dtype=bfloat16)
+    ;;
+  *)
+    echo "usage: $0 [cpu|gpu]" >&2
+    exit 2
+    ;;
+esac
+
+# compare NAME ARGUMENTS...: runs it in runs/experiments and keeps what it found beside the script.
+compare() {
+  local name="$1" work="runs/experiments/$(basename "$HERE")_$1_$SIZE"
+  shift
+  moejax compare "$@" --budget "$BUDGET" "${DATA[@]}" "${FRAME[@]}" --workdir "$work"
+  mkdir -p "$HERE/$name"
+  for file in comparison.md comparison.png comparison.csv summary.json plan.json; do
+    cp "$work/$file" "$HERE/$name/$SIZE.${file}"
+  done
+}
