@@ -28,9 +28,9 @@ esac
 compare() {
   local name="$1" work="runs/experiments/$(basename "$HERE")_$1_$SIZE"
   shift
-  moejax compare "$@" --budget "$BUDGET" "${DATA[@]}" "${FRAME[@]}" --workdir "$work"
-  mkdir -p "$HERE/$name"
+  moejax compare --budget "$BUDGET" "${DATA[@]}" "${FRAME[@]}" --workdir "$work" "$@"
+  mkdir -p "$HERE/${name}_$SIZE"
   for file in comparison.md comparison.png comparison.csv summary.json plan.json; do
-    cp "$work/$file" "$HERE/$name/$SIZE.${file}"
+    cp "$work/$file" "$HERE/${name}_$SIZE"
   done
 }

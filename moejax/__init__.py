@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "UserError": "moejax.errors",
     "build": "moejax.api",
-    "compare": "moejax.api",
+    "compare": "moejax.train.compare",
     "load": "moejax.api",
     "load_config": "moejax.config.load",
 }

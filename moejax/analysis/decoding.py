@@ -33,8 +33,8 @@ class DecodeCost:
 def decode_cost(
     model: Any, config: Config, flops: TokenFlops | None, table: ParamTable
 ) -> DecodeCost | None:
-    """None for a model that draws no tokens, or without a formula."""
-    if config.model.name != "decoder" or flops is None:
+    """None for a model that draws no tokens (or pictures as latents), or without a formula."""
+    if config.model.name != "decoder" or config.model.latents.channels or flops is None:
         return None
     params = abstract_params(model, config)
     length = config.data.sequence_length

@@ -21,8 +21,8 @@ from moejax.train.workdir import read_record
 
 # Runs in one chart; more cannot be told apart.
 MOST_DRAWN = len(MANY_COLORS)
-# A folder with these is a comparison, or another set of runs with a page of its own.
-_COMPARISON = {"plan.json", "summary.json"}
+# What a comparison (or the fits over several sizes) has beside its plan.json.
+_RESULTS = {"summary.json", "isoflop.json"}
 # Columns that are no numbers.
 _TEXTS = {"run", "config", "status", "split", "family", "paper"}
 _NOTE = (
@@ -103,7 +103,7 @@ def find_runs(folder: Path) -> Found:
     found = Found([], [], [])
     for place, folders, files in os.walk(folder):
         here = Path(place)
-        if set(files) >= _COMPARISON:
+        if "plan.json" in files and _RESULTS & set(files):
             found.comparisons.append(here)
         if "config.json" in files and _is_run(here):
             folders.clear()

@@ -15,14 +15,20 @@ share of the baseline's FLOPs each needs to reach the baseline's lowest held-out
 
 Every arm sees the same batches in the same order, has the same schedule and its own best learning
 rate, and is run with the same seeds. The same command goes on with what was stopped, also by
-kill -9, and computes nothing twice.
+kill -9, from the last checkpoint of that run; what is finished is not computed again.
 
     moejax compare --configs quickstart:dense,quickstart --budget flops=3e12 --seeds 3
     moejax compare --configs mot --arm half=mot,model.num_layers=2 --budget flops=3e12"""
 
 
+# Exit code of what a signal stopped: a script should not go on to its next line.
+STOPPED = 130
+# File systems take 255 bytes.
+_LONGEST_NAME = 120
+
+
 def run(argv: Sequence[str]) -> int:
-    """Runs the command; exit code 0 when done or stopped by a signal."""
+    """Runs the command; exit code 0 when done, 130 when a signal stopped it."""
     parser = command_parser("compare", _DESCRIPTION, config=False)
     parser.add_argument(
         "--configs", default="", metavar="A,B", help="the configs to compare, the baseline first"
@@ -49,17 +55,17 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
 
     from moejax.analysis.compare.output import write_comparison
-    from moejax.analysis.compare.plan import arms_of
+    from moejax.analysis.compare.plan import arms_of, folder_name
     from moejax.analysis.compare.tables import comparison_markdown
 
     specs = arms_of(args.configs, args.arm)
     plan = plan_from(args, specs, match=args.match, schedule=args.schedule)
-    default = "_".join(spec.name.replace(":", "_") for spec in specs)
+    default = folder_name("_".join(spec.name for spec in specs))[:_LONGEST_NAME]
     workdir = Path(args.workdir or Path("runs") / f"compare_{default}")
 
     done = run_plan(args, plan, workdir, lambda results: write_comparison(plan, results, workdir))
     if done is None:
-        return 0
+        return STOPPED
     results, rows = done
     if args.json:
         print_json({"workdir": str(workdir), "rows": [row.document() for row in rows]})
@@ -119,7 +125,7 @@ def plan_from(args: argparse.Namespace, specs: Sequence[Any], **options: Any) ->
 def run_plan(
     args: argparse.Namespace, plan: Any, workdir: Path, report: Callable[[list], list]
 ) -> tuple[list, list] | None:
-    """Trains what is missing; ``report`` writes files after each arm and at the end.
+    """Trains what is missing; ``report`` writes what was found.
 
     Returns:
       (results, what ``report`` gave of all of them), or None when a signal asked to stop.
@@ -130,11 +136,10 @@ def run_plan(
     aside = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
     with aside:
         try:
-            results = run_comparison(plan, workdir, report)
+            return run_comparison(plan, workdir, report)
         except Stopped:
             print("stopped; run the same command to go on")
             return None
-        return results, report(results)
 
 
 def _rates(text: str) -> tuple[float, ...]:

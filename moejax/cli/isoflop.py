@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moejax.cli.common import command_parser, print_json
-from moejax.cli.compare import add_plan_flags, plan_from, run_plan
+from moejax.cli.compare import STOPPED, add_plan_flags, plan_from, run_plan
 from moejax.errors import UserError
 
 _DESCRIPTION = """Train one config at several widths, all at the same training FLOPs, and fit for
@@ -15,7 +15,7 @@ L = E + A / N^alpha + B / D^beta, with intervals over seeds.
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs the command; exit code 0 when done or stopped by a signal."""
+    """Runs the command; exit code 0 when done, 130 when a signal stopped it."""
     parser = command_parser("isoflop", _DESCRIPTION)
     parser.add_argument("--widths", default="", metavar="A,B,C", help="three model widths or more")
     add_plan_flags(parser)
@@ -28,11 +28,13 @@ def run(argv: Sequence[str]) -> int:
 
     from moejax.analysis.compare.isoflop import width_arms
     from moejax.analysis.compare.isoflop_output import isoflop_markdown, write_isoflop
+    from moejax.analysis.compare.plan import folder_name
 
     specs = width_arms(args.config, [int(width) for width in widths], args.overrides)
+    if args.budget and not args.budget.startswith("flops="):
+        raise UserError(f"--budget {args.budget}: sizes are compared at equal FLOPs; flops=2e12")
     plan = plan_from(args, specs)
-    name = args.config.replace(":", "_").replace("/", "_")
-    workdir = Path(args.workdir or Path("runs") / f"isoflop_{name}")
+    workdir = Path(args.workdir or Path("runs") / f"isoflop_{folder_name(args.config)}")
 
     def report(results: list) -> list:
         # A parabola needs all sizes.
@@ -40,11 +42,11 @@ def run(argv: Sequence[str]) -> int:
 
     done = run_plan(args, plan, workdir, report)
     if done is None:
-        return 0
+        return STOPPED
     results, fits = done
     if args.json:
         print_json({"workdir": str(workdir), "fits": [fit.document() for fit in fits]})
     else:
         print(isoflop_markdown(plan, results, fits))
-        print(f"picture: {workdir / 'isoflop.png'}")
+        print(f"table, picture and page: {workdir / 'index.html'}")
     return 0

@@ -55,11 +55,22 @@ def chain(*parts: list[Point]) -> list[Point]:
 def parse_sweep(text: str) -> list[Point]:
     """``"optim.learning_rate=1e-3,3e-3"`` -> two points; commas in brackets do not split."""
     field, equals, values = text.partition("=")
-    # Commas outside of (...) and [...]; values are not nested deeper than a tuple of tuples.
-    split = re.split(r",(?![^()]*\))(?![^\[\]]*\])", values)
+    split = split_commas(values)
     if not (field.strip() and equals) or not all(value.strip() for value in split):
         raise UserError(f"--sweep {text}: write --sweep FIELD=VALUE,VALUE")
     return sweep(field.strip(), [value.strip() for value in split])
+
+
+def split_commas(text: str) -> list[str]:
+    """``"1,(2,3),x=[4,5]"`` -> ``["1", "(2,3)", "x=[4,5]"]``: commas in brackets do not split."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
 
 
 def hyper_points(spec: str) -> list[Point]:

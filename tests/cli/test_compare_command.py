@@ -52,7 +52,7 @@ def test_two_copies_have_ratio_one_and_nothing_is_computed_twice(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "put_batch", stop)
-        assert main(command) == 0
+        assert main(command) == 130
     assert "stopped; run the same command to go on" in capsys.readouterr().out
     folder = tmp_path / "runs" / "compare_quickstart_quickstart_2"
     assert not (folder / "summary.json").exists()
@@ -85,6 +85,9 @@ def test_two_copies_have_ratio_one_and_nothing_is_computed_twice(
     page = (folder / "index.html").read_text()
     assert "quickstart_2 against quickstart" in page and "data:image/png;base64," in page
 
+    # Of another kind is what no longer fits beside it; more seeds would.
+    assert main([*command, "--config.eval.split=test"]) == 2
+    assert "holds a comparison with another eval" in capsys.readouterr().err
     no_training()
     before = {path: path.read_bytes() for path in folder.glob("*.*")}
     assert main([*command, "--json"]) == 0
@@ -98,7 +101,7 @@ def test_isoflop_trains_every_width_and_fits(tmp_path, monkeypatch, capsys, no_t
     monkeypatch.chdir(tmp_path)
     command = [
         *("isoflop", "--config", "quickstart:dense", "--widths", "8,16,24"),
-        *("--budget", "steps=4", "--evaluations", "4", "--seeds", "1", "--rates", "3e-3", *TINY),
+        *("--budget", "flops=12.5e9", "--evaluations", "4", "--seeds", "1", "--rates", "3e-3", *TINY),
     ]
     assert main(command) == 0
     folder = tmp_path / "runs" / "isoflop_quickstart_dense"
@@ -138,6 +141,39 @@ def test_mistakes(argv, message, tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+class Diverges:
+    """Training that fails in place of a learning rate of 1."""
+
+    def __init__(self, train):
+        self.train, self.rates = train, []
+
+    def __call__(self, config, folder):
+        self.rates.append(config.optim.learning_rate)
+        if config.optim.learning_rate == 1.0:
+            folder.mkdir(parents=True)
+            raise loop.NonFiniteLoss("not finite")
+        self.train(config, folder)
+
+
+@pytest.mark.slow
+def test_a_rate_that_diverges_is_not_chosen_nor_tried_again(tmp_path, monkeypatch, capsys):
+    from moejax.train import compare
+
+    diverges = Diverges(compare.train_apart)
+    monkeypatch.setattr("moejax.train.compare.train_apart", diverges)
+    argv = ["compare", "--configs", "quickstart,quickstart", *FAST, *TINY, "--seeds", "1"]
+    argv += ["--rates", "1e-3,2e-3,1", "--workdir", str(tmp_path / "found")]
+    assert main(argv) == 0
+    assert "not finite" in capsys.readouterr().out
+    rates = list(diverges.rates)
+    assert rates.count(1.0) == 2, "once for each arm"
+    # Two steps of Adam like the largest rate best; the one beyond it is the one that diverged.
+    assert main([*argv, "--seeds", "2"]) == 0
+    assert diverges.rates[len(rates) :] == [2e-3] * 2, "the second seed, nothing else"
+    rows = json.loads((tmp_path / "found" / "summary.json").read_text())
+    assert [row["seeds"] for row in rows] == [2, 2]
 
 
 def test_a_folder_that_is_something_else_is_left_alone(tmp_path, capsys):

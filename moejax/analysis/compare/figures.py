@@ -44,6 +44,8 @@ def _losses(panel: Axes, results: Sequence[ArmResult], modality: str) -> None:
         color = COLORS[i % len(COLORS)]
         curves = result.flops_curves(modality)
         spent = curves[0].spent
+        # A run that diverged has fewer evaluations.
+        spent = spent[: min(len(curve.losses) for curve in curves)]
         intervals = [
             mean_interval([curve.losses[j] for curve in curves]) for j in range(len(spent))
         ]
@@ -60,7 +62,7 @@ def _losses(panel: Axes, results: Sequence[ArmResult], modality: str) -> None:
     target = mean_interval([curve.lowest for curve in results[0].flops_curves(modality)])
     panel.axhline(target.mean, color="#5f6b7a", linestyle="--", linewidth=1)
     panel.set_xscale("log")
-    panel.set_title(f"{modality}: held-out loss (nats a token)", fontsize=10)
+    panel.set_title(f"{modality}: held-out loss", fontsize=10)
     panel.set_xlabel("training FLOPs")
     panel.grid(alpha=0.25)
 

@@ -20,7 +20,7 @@ from moejax.config.load import load_config
 from moejax.errors import UserError
 
 FEWEST_SIZES = 3
-# Evaluations at the start of a run that no fit takes: the learning rate has hardly risen.
+# Budgets at the start of a run that no fit takes.
 _SKIPPED = 1
 # Widths of feed-forward layers are rounded to a multiple of this.
 _MULTIPLE = 8
@@ -40,7 +40,7 @@ def width_arms(spec: str, widths: Sequence[int], overrides: Sequence[str]) -> li
         _MULTIPLE, round(value * width / model.d_model / _MULTIPLE) * _MULTIPLE
     )
     arms = []
-    for width in sorted(widths):
+    for width in sorted(set(widths)):
         if width < 1 or width % model.head_dim:
             raise UserError(f"--widths: {width} is no multiple of the head size {model.head_dim}")
         heads = width // model.head_dim
@@ -64,30 +64,39 @@ def width_arms(spec: str, widths: Sequence[int], overrides: Sequence[str]) -> li
 
 @dataclasses.dataclass(frozen=True)
 class Points:
-    """Losses of one seed on one modality: sizes n, tokens and losses [size, budget]."""
+    """Losses of one seed on one modality at equal FLOPs.
+
+    Attributes:
+      n: sizes.
+      budgets: FLOPs.
+      losses: [size, budget].
+    """
 
     n: np.ndarray
-    tokens: np.ndarray
+    budgets: np.ndarray
     losses: np.ndarray
 
     @property
-    def budgets(self) -> np.ndarray:
-        """FLOPs of each evaluation, the mean over sizes (which differ by whole steps)."""
-        return (6 * self.n[:, None] * self.tokens).mean(axis=0)
+    def tokens(self) -> np.ndarray:
+        """D = C / 6 N, [size, budget]."""
+        return self.budgets[None] / (6 * self.n[:, None])
 
 
-def points_of(results: Sequence[ArmResult], modality: str, seed: int) -> Points:
-    """What the fits of one seed are made of, the first evaluations left out."""
+def points_of(
+    results: Sequence[ArmResult], modality: str, seed: int, budget: float, evaluations: int
+) -> Points:
+    """The losses at k / evaluations of the budget, read between the evaluations of each run.
+
+    The first is left out: the learning rate has hardly risen.
+    """
     places = [positions_per_step(result.arm.config) for result in results]
     n = [r.arm.flops_per_step / (6 * place) for r, place in zip(results, places, strict=True)]
-    runs = [result.runs[seed][1] for result in results]
-    count = min(len(run.steps) for run in runs)
-    tokens = [
-        [step * place for step in run.steps[_SKIPPED:count]]
-        for run, place in zip(runs, places, strict=True)
-    ]
-    losses = [run.losses[modality][_SKIPPED:count] for run in runs]
-    return Points(np.array(n), np.array(tokens, float), np.array(losses))
+    curves = [result.flops_curves(modality)[seed] for result in results]
+    # Whole steps end a little before the budget or after it.
+    last = min(budget, *(curve.spent[-1] for curve in curves))
+    budgets = last * np.arange(1 + _SKIPPED, evaluations + 1) / evaluations
+    losses = [[curve.at(flops) for flops in budgets] for curve in curves]
+    return Points(np.array(n), budgets, np.array(losses))
 
 
 def best_size(n: np.ndarray, losses: np.ndarray) -> tuple[float, float] | None:
@@ -164,8 +173,9 @@ class Fit:
     Attributes:
       modality: which.
       budgets: FLOPs at which losses were read.
-      best: of each budget the best size, None where no seed has its parabola's bottom inside.
-      exponent: of C in the best size, through the budgets of each seed; None with fewer than two.
+      best: of each budget the best size; None unless the parabola of every seed has its bottom
+        inside (those of some seeds alone would pull it inwards).
+      exponent: of C in the best size, through those budgets; None with fewer than two.
       law: intervals of e, a, alpha, b, beta and size_exponent.
       turned: runs whose held-out loss had turned: the law then speaks of too little data.
     """
@@ -191,22 +201,25 @@ class Fit:
         }
 
 
-def fit_modality(results: Sequence[ArmResult], modality: str) -> Fit:
+def fit_modality(
+    results: Sequence[ArmResult], modality: str, budget: float, evaluations: int
+) -> Fit:
     """Parabolas and law of every seed, and their intervals."""
     seeds = range(min(len(result.runs) for result in results))
-    points = [points_of(results, modality, seed) for seed in seeds]
-    bottoms = [
-        [best_size(one.n, one.losses[:, j]) for j in range(one.losses.shape[1])] for one in points
-    ]
-    best = []
-    for found in zip(*bottoms, strict=True):
+    points = [points_of(results, modality, seed, budget, evaluations) for seed in seeds]
+    best, inside = [], []
+    for j in range(points[0].losses.shape[1]):
+        found = [best_size(one.n, one.losses[:, j]) for one in points]
         logs = [math.log(bottom[0]) for bottom in found if bottom is not None]
-        best.append(_exponential(mean_interval(logs)) if logs else None)
-    slopes = [
-        slope
-        for one, found in zip(points, bottoms, strict=True)
-        if (slope := _slope(one.budgets, found)) is not None
-    ]
+        whole = len(logs) == len(found)
+        best.append(_exponential(mean_interval(logs)) if whole else None)
+        if whole:
+            inside.append((j, logs))
+    slopes = []
+    if len(inside) > 1:
+        log_c = np.log([points[0].budgets[j] for j, _ in inside])
+        log_n = np.array([logs for _, logs in inside])
+        slopes = [float(np.polyfit(log_c, log_n[:, seed], 1)[0]) for seed in seeds]
     laws = [fit_law(one) for one in points]
     names = ("e", "a", "alpha", "b", "beta", "size_exponent")
     return Fit(
@@ -217,14 +230,6 @@ def fit_modality(results: Sequence[ArmResult], modality: str) -> Fit:
         law={name: mean_interval([getattr(law, name) for law in laws]) for name in names},
         turned=sum(curve.turned for r in results for curve in r.flops_curves(modality)),
     )
-
-
-def _slope(budgets: np.ndarray, found: Sequence[tuple[float, float] | None]) -> float | None:
-    inside = [(c, bottom[0]) for c, bottom in zip(budgets, found, strict=True) if bottom]
-    if len(inside) < 2:
-        return None
-    x, y = np.log(np.array(inside)).T
-    return float(np.polyfit(x, y, 1)[0])
 
 
 def _exponential(interval: Interval) -> Interval:

@@ -43,16 +43,23 @@ class Curve:
         """Whether the loss went up again: more training no longer helps on held-out data."""
         return self.losses[-1] > self.lowest * (1 + TURNED)
 
+    def at(self, spent: float) -> float:
+        """The loss after ``spent``, within the evaluations, by the same interpolation."""
+        return float(np.interp(math.log(spent), np.log(self.spent), self.losses))
+
     def to_reach(self, target: float) -> float | None:
         """What is spent when the loss first reaches ``target``; None if it never does.
 
         Between two evaluations the loss is taken to be linear in the logarithm of what is spent.
         A target that the first evaluation has reached counts as reached there: an upper bound.
+        After an evaluation that was not finite it counts as reached at the next one.
         """
         reached = next((i for i, loss in enumerate(self.losses) if loss <= target), None)
         if not reached:
             return None if reached is None else self.spent[0]
         before, after = self.losses[reached - 1], self.losses[reached]
+        if math.isinf(before):
+            return self.spent[reached]
         low, high = (math.log(spent) for spent in self.spent[reached - 1 : reached + 1])
         return math.exp(low + (before - target) / (before - after) * (high - low))
 
@@ -62,11 +69,14 @@ class Interval:
     """A mean with its confidence interval; an end that is not known is None.
 
     Attributes:
-      mean: of a ratio the geometric mean over seeds; with censored seeds a lower bound of it.
-      low: lower end.
+      mean: of a ratio the geometric mean over seeds; with censored seeds a lower bound of it, with
+        early ones an upper bound.
+      low: lower end; None with one seed, or where a seed is early.
       high: upper end; None with one seed, or where a seed is censored.
       seeds: how many.
-      censored: seeds whose arm did not reach the target within its budget.
+      censored: seeds whose arm did not reach the target within its budget (or whose baseline had
+        it at its first evaluation already).
+      early: seeds whose arm had reached the target at its first evaluation.
     """
 
     mean: float
@@ -74,6 +84,7 @@ class Interval:
     high: float | None
     seeds: int
     censored: int = 0
+    early: int = 0
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -91,27 +102,31 @@ def budget_ratio(arms: Sequence[Curve], baselines: Sequence[Curve]) -> Interval:
 
     The interval is Student's t on the logarithms, over seeds. Where the arm does not reach the
     target, its ratio is at least ``all it spent / what the baseline spent``: that bound takes part
-    in the lower end, and there is no upper end. Nothing is extrapolated.
+    in the lower end, and there is no upper end. A target that the first evaluation had reached
+    bounds the ratio in the same way, from above for the arm's and from below for the baseline's.
+    Nothing is extrapolated.
 
     Args:
       arms: a curve for each seed.
       baselines: the curve of the same seed, on the same modality.
     """
-    logs, censored = [], 0
+    logs, censored, early = [], 0, 0
     for arm, baseline in zip(arms, baselines, strict=True):
         target = baseline.lowest
         needed, own = arm.to_reach(target), baseline.to_reach(target)
         assert own is not None, "a curve reaches its own lowest loss"
-        censored += needed is None
+        censored += needed is None or own == baseline.spent[0]
+        early += needed == arm.spent[0] != own
         logs.append(math.log((arm.spent[-1] if needed is None else needed) / own))
     of_logs = mean_interval(logs)
     low, high = (None if end is None else math.exp(end) for end in (of_logs.low, of_logs.high))
     return Interval(
         mean=math.exp(of_logs.mean),
-        low=low,
+        low=None if early else low,
         high=None if censored else high,
         seeds=len(logs),
         censored=censored,
+        early=early,
     )
 
 
@@ -126,11 +141,9 @@ BETTER, WORSE, ALIKE = "better", "worse", "not told apart"
 
 def verdict(ratio: Interval, difference: Interval) -> str:
     """What the seeds allow to say; with one seed always that nothing can be told apart."""
+    if ratio.censored:
+        # Bounds of several seeds lie close together, whatever the ratios are.
+        return WORSE if difference.low is not None and difference.low > 0 else ALIKE
     if ratio.high is not None and ratio.high < 1:
         return BETTER
-    if ratio.low is not None and ratio.low > 1:
-        return WORSE
-    # Where no seed reached the target its ratios are bounds, which lie close to 1.
-    if ratio.censored and difference.low is not None and difference.low > 0:
-        return WORSE
-    return ALIKE
+    return WORSE if ratio.low is not None and ratio.low > 1 else ALIKE

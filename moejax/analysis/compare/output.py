@@ -50,8 +50,8 @@ def _html(plan: Plan, results: Sequence[ArmResult], rows: Sequence[Row], png: by
             run.folder,
             f"{run.rate:g}",
             str(run.seed),
-            *(f"{min(one.losses[name]):.4f}" for name in plan.modalities),
-            f"{one.seconds_per_step * one.steps[-1]:.0f}",
+            *(f"{one.curve(name, 1.0).lowest:.4f}" for name in plan.modalities),
+            f"{one.seconds_per_step * one.steps[-1]:.0f}" if one.seconds_per_step else "",
         )
         for result in results
         for run, one in result.runs

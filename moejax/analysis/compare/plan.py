@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +17,9 @@ from moejax.analysis.flops import (
 )
 from moejax.config import Config
 from moejax.config.load import flag_text, load_config
-from moejax.errors import UserError
-from moejax.models import build_model
-from moejax.objectives import build_objective
+from moejax.config.sweep import split_commas
+from moejax.errors import UserError, did_you_mean
+from moejax.train.evaluate import EVALUATORS, check_evaluators, eval_plans
 from moejax.train.setup import configure_jax, open_pipeline
 
 # Arms whose training FLOPs differ from the budget by more than this are refused.
@@ -33,8 +34,10 @@ FEWEST_RATES = 3
 MOST_RATES = 7
 # Batches that say how many tokens are of which modality.
 _MIX_BATCHES = 8
-# Fields of ``data`` in which arms may differ: they change no batch.
-_FREE_DATA_FIELDS = ("prefetch",)
+# Fields in which arms may differ: they change no batch, or the comparison sets them.
+_FREE_FIELDS = ("data.prefetch", "data.seed", "eval.every", "eval.best_metric", "eval.patience")
+SCHEDULES = ("constant", "wsd")
+MATCHES = ("flops", "tokens")
 # What the comparison sets itself, with the flag that it follows from.
 _OWN_FIELDS = {
     "train.steps": "--budget",
@@ -47,6 +50,7 @@ _OWN_FIELDS = {
     "eval.best_metric": "--evaluations",
     "eval.patience": "--evaluations",
     "train.checkpoint_every": "--checkpoint-every",
+    "train.checkpoint_keep": "--checkpoint-every",
 }
 
 
@@ -82,8 +86,7 @@ class ArmSpec:
 def parse_arm(text: str) -> ArmSpec:
     """``"half=quickstart,model.num_layers=2"``: a name, a config, and what is changed in it."""
     name, equals, rest = text.partition("=")
-    # Commas outside of (...) and [...]; values are not nested deeper than a tuple of tuples.
-    spec, *overrides = re.split(r",(?![^()]*\))(?![^\[\]]*\])", rest)
+    spec, *overrides = split_commas(rest)
     if not (equals and name.strip() and spec.strip()) or not all("=" in part for part in overrides):
         raise UserError(f"--arm {text}: write --arm NAME=CONFIG,FIELD=VALUE,FIELD=VALUE")
     return ArmSpec(name.strip(), spec.strip(), tuple(part.strip() for part in overrides))
@@ -92,19 +95,15 @@ def parse_arm(text: str) -> ArmSpec:
 def arms_of(configs: str, arms: Sequence[str]) -> list[ArmSpec]:
     """The arms of ``--configs a,b`` and of each ``--arm``; of one config twice the second is b_2.
 
-    The first is the baseline. UserError for fewer than two, or two of one name.
+    The first is the baseline. UserError for fewer than two.
     """
     found: list[ArmSpec] = []
     for spec in filter(None, (part.strip() for part in configs.split(","))):
         copies = sum(arm.spec == spec for arm in found)
         found.append(ArmSpec(f"{spec}_{copies + 1}" if copies else spec, spec))
     found += map(parse_arm, arms)
-    names = [arm.name for arm in found]
     if len(found) < 2:
         raise UserError("--configs: name at least two, the baseline first: --configs mot,chameleon")
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"--arm {name}: two arms have that name")
     return found
 
 
@@ -181,6 +180,7 @@ class Plan:
       match: "flops" or "tokens": what is equal in all arms.
       seeds: how many; they are 0, 1, ...
       rates: learning rates that every arm tries with seed 0; one alone is taken as given.
+      evaluations: asked for, of each run.
       schedule: "constant" or "wsd".
     """
 
@@ -189,6 +189,7 @@ class Plan:
     match: str
     seeds: int
     rates: tuple[float, ...]
+    evaluations: int
     schedule: str
 
     @property
@@ -207,6 +208,8 @@ class Plan:
             "seeds": self.seeds,
             "rates": list(self.rates),
             "schedule": self.schedule,
+            "evaluations": self.evaluations,
+            "eval": dataclasses.asdict(self.arms[0].config.eval),
             "baseline": self.arms[0].name,
             "arms": [
                 {
@@ -244,7 +247,7 @@ def make_plan(
       match: "flops": each arm takes as many steps as the budget buys. "tokens": all arms take
         those of the baseline.
       rates: learning rates of the sweep; by default half, once and twice that of the baseline.
-      evaluations: of each run, evenly spread.
+      evaluations: of each run, evenly spread; one or a few less where they do not divide the steps.
       schedule: "constant" (after a rise) or "wsd", whose losses count before it decays.
       checkpoint_every: steps between checkpoints; 0: one at each evaluation.
       overrides: of all arms, each ``"a.b=v"``.
@@ -256,21 +259,28 @@ def make_plan(
         raise UserError(f"--seeds {seeds}: must be positive")
     if evaluations < 2:
         raise UserError(f"--evaluations {evaluations}: a curve needs at least 2")
-    if len(rates) == 2:
-        raise UserError("--rates: give at least three, or one that is taken as it is")
+    if len(set(rates)) == 2 or len({f"{rate:g}" for rate in rates}) < len(rates):
+        raise UserError("--rates: give at least three different ones, or one that is taken as is")
+    _check_names(specs)
+    for field, value, known in (("schedule", schedule, SCHEDULES), ("match", match, MATCHES)):
+        if value not in known:
+            raise UserError(f"--{field} {value}{did_you_mean(value, known)}")
     for override in (*overrides, *(one for arm in specs for one in arm.overrides)):
-        field = override.partition("=")[0]
+        field = override.partition("=")[0].lstrip("-").removeprefix("config.")
         if field in _OWN_FIELDS:
             raise UserError(f"{field}: is set by the comparison; see {_OWN_FIELDS[field]}")
     configs = [load_config(arm.spec, [*overrides, *arm.overrides]) for arm in specs]
     for arm, config in zip(specs, configs, strict=True):
         if config.model.name != "decoder":
             raise UserError(f"--configs {arm.spec}: compares decoders, not a {config.model.name}")
-    for config in configs:
-        build_model(config)
-        build_objective(config)
+        check_evaluators(config)
+        if missing := _missing_losses(config):
+            raise UserError(
+                f"eval.metrics: no evaluator of {arm.name} gives {' or '.join(missing)}; use "
+                "likelihood, with denoising for pictures as latents"
+            )
     for arm, config in zip(specs[1:], configs[1:], strict=True):
-        _check_same_data(specs[0].name, configs[0], arm.name, config)
+        _check_alike(specs[0].name, configs[0], arm.name, config)
     mix = functools.cache(lambda: token_mix(configs[0]))
     per_step = [_flops_per_step(config, mix) for config in configs]
     if budget.unit == "flops":
@@ -283,7 +293,7 @@ def make_plan(
     rates = tuple(sorted(rates)) or _default_rates(configs[0].optim.learning_rate)
     arms = []
     for spec, config, count, flops in zip(specs, configs, steps, per_step, strict=True):
-        _check_steps(spec.name, count, flops, budget, match, evaluations)
+        _check_steps(spec.name, count, flops, budget, evaluations)
         arms.append(
             Arm(
                 name=spec.name,
@@ -295,7 +305,9 @@ def make_plan(
                 flops_per_step=flops,
             )
         )
-    return Plan(tuple(arms), budget, match, seeds, rates, schedule)
+    if match == "flops":
+        _check_flops(arms, budget)
+    return Plan(tuple(arms), budget, match, seeds, rates, evaluations, schedule)
 
 
 def positions_per_step(config: Config) -> int:
@@ -318,7 +330,8 @@ def _flops_per_step(config: Config, mix: Any) -> float:
     by_modality = flops_by_modality(config)
     positions = positions_per_step(config)
     if by_modality is None:
-        return counted_flops(config).training.nominal * positions
+        # Not the count of the gradient, which has what model.remat computes again.
+        return BACKWARD_AND_FORWARD * counted_flops(config).forward.nominal * positions
     costs = set(by_modality.values())
     if len(costs) == 1:
         (flops,) = costs
@@ -329,34 +342,81 @@ def _flops_per_step(config: Config, mix: Any) -> float:
     return BACKWARD_AND_FORWARD * flops.forward * positions
 
 
-def _check_same_data(baseline: str, first: Config, arm: str, other: Config) -> None:
+def _check_names(specs: Sequence[ArmSpec]) -> None:
+    """UserError unless there are two arms or more, each with a folder of its own."""
+    if len(specs) < 2:
+        raise UserError("--configs: name at least two, the baseline first: --configs mot,chameleon")
+    folders = [folder_name(arm.name) for arm in specs]
+    for arm, folder in zip(specs, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise UserError(f"--arm {arm.name}: two arms have that name, or the folder {folder}")
+        if not folder.strip("._"):
+            raise UserError(f"--arm {arm.name}: give it a name with letters or digits")
+
+
+def _missing_losses(config: Config) -> list[str]:
+    """The losses of modalities that no evaluator of the config measures, as far as they say."""
+    measured: set[str] = set()
+    for plan in eval_plans(config.eval):
+        names = getattr(EVALUATORS.get(plan.name), "metric_names", None)
+        if names is None:
+            return []
+        measured |= {plan.prefix + name for name in names(config)}
+    return [f"{name}/loss" for name in config.model.modalities if f"{name}/loss" not in measured]
+
+
+def _check_alike(baseline: str, first: Config, arm: str, other: Config) -> None:
+    """UserError unless both see the same batches and their losses are of the same kind."""
     if first.model.modalities != other.model.modalities:
         raise UserError(
             f"--configs: {baseline} has model.modalities={first.model.modalities}, {arm} "
             f"{other.model.modalities}; their losses are not of the same tokens"
         )
-    for field in dataclasses.fields(first.data):
-        a, b = getattr(first.data, field.name), getattr(other.data, field.name)
-        if a != b and field.name not in _FREE_DATA_FIELDS:
+    a, b = _comparable(first), _comparable(other)
+    for name in a.keys() | b.keys():
+        if a.get(name) != b.get(name):
             raise UserError(
-                f"--configs: {baseline} has data.{field.name}={flag_text(a)}, {arm} "
-                f"{flag_text(b)}; all arms see the same batches: give --config.data.{field.name}="
+                f"--configs: {baseline} has {name}={flag_text(a.get(name))}, {arm} "
+                f"{flag_text(b.get(name))}; all arms see the same batches and are judged alike: "
+                f"give --config.{name}="
             )
 
 
-def _check_steps(
-    name: str, steps: int, flops: float, budget: Budget, match: str, evaluations: int
-) -> None:
+def _comparable(config: Config) -> dict[str, Any]:
+    """The fields that have to be equal in all arms."""
+    fields = {
+        f"{group}.{field.name}": getattr(getattr(config, group), field.name)
+        for group in ("data", "eval")
+        for field in dataclasses.fields(getattr(config, group))
+    }
+    for name in _FREE_FIELDS:
+        del fields[name]
+    fields["objective.name"] = config.objective.name
+    # Noise and velocity are different things to predict.
+    fields["objective.process"] = getattr(config.objective, "process", "")
+    for name in ("decay_fraction", "final_fraction"):
+        fields[f"optim.{name}"] = getattr(config.optim, name)
+    return fields
+
+
+def _check_steps(name: str, steps: int, flops: float, budget: Budget, evaluations: int) -> None:
     if steps < evaluations:
         raise UserError(
             f"--budget: {budget.unit}={budget.amount:g} is {steps} steps of {name}, fewer than the "
             f"{evaluations} evaluations; a step is {flops:.3g} FLOPs"
         )
-    if match == "flops" and abs(steps * flops / budget.amount - 1) > TOLERANCE:
-        raise UserError(
-            f"--budget: {steps} steps of {name} are {steps * flops:.3g} FLOPs, more than "
-            f"{TOLERANCE:.0%} from {budget.amount:g}; give a larger budget or a smaller batch"
-        )
+
+
+def _check_flops(arms: Sequence[Arm], budget: Budget) -> None:
+    """UserError where whole steps miss the budget, or two arms each other, by too much."""
+    low, high = (pick(arms, key=lambda arm: arm.flops) for pick in (min, max))
+    for arm in (low, high):
+        other = budget.amount if arm is low else min(budget.amount, low.flops)
+        if abs(arm.flops / other - 1) > TOLERANCE:
+            raise UserError(
+                f"--budget: {arm.steps} steps of {arm.name} are {arm.flops:.4g} FLOPs, more than "
+                f"{TOLERANCE:.0%} from {other:.4g}; give a larger budget or a smaller batch"
+            )
 
 
 def _default_rates(rate: float) -> tuple[float, ...]:
@@ -372,7 +432,7 @@ def _for_comparison(
     rate: float,
 ) -> Config:
     """The config of an arm with what is the same in all arms."""
-    every = steps // evaluations
+    every = math.ceil(steps / evaluations)
     return dataclasses.replace(
         config,
         optim=dataclasses.replace(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from moejax.analysis.compare.plan import (
     positions_per_step,
 )
 from moejax.config import Config
+from moejax.train.workdir import read_record
 from moejax.train.writers import read_rows
 
 
@@ -32,22 +34,25 @@ class Evaluations:
 
     Attributes:
       steps: of each evaluation.
-      losses: of each modality, nats a token, at each of them.
-      seconds_per_step: the median over the run's rows.
+      losses: of each modality at each of them: nats a token, of pictures as latents a squared
+        error; infinite where it was not finite.
+      seconds_per_step: the median over the run's rows; None where a run was stopped so near its
+        end that none was measured.
       stable: how many of them lie before the learning rate decays (all, without a decay).
+      data_version: of what the run was trained on.
     """
 
     steps: tuple[int, ...]
     losses: dict[str, tuple[float, ...]]
-    seconds_per_step: float
+    seconds_per_step: float | None
     stable: int
+    data_version: str
 
     @property
     def score(self) -> float:
         """What learning rates are chosen by: the mean over modalities of the lowest loss."""
-        lowest = [min(losses) for losses in self.losses.values()]
-        value = sum(lowest) / len(lowest)
-        return value if math.isfinite(value) else math.inf
+        lowest = [self.curve(name, 1.0).lowest for name in self.losses]
+        return sum(lowest) / len(lowest)
 
     def curve(self, modality: str, per_step: float) -> Curve:
         """Loss over what is spent, where a step costs ``per_step``."""
@@ -58,21 +63,24 @@ class Evaluations:
 def read_evaluations(folder: Path, config: Config) -> Evaluations | None:
     """None where nothing was evaluated (a run that failed early)."""
     rows = read_rows(folder / "metrics.jsonl")
-    modalities = config.model.modalities
-    evaluated = [row for row in rows if f"eval/{modalities[0]}/loss" in row]
-    seconds = sorted(
-        row["train/seconds_per_step"] for row in rows if "train/seconds_per_step" in row
-    )
+    keys = {name: f"eval/{name}/loss" for name in config.model.modalities}
+    # What is not finite is in no row.
+    evaluated = [row for row in rows if any(key in row for key in keys.values())]
     if not evaluated:
         return None
+    seconds = [row["train/seconds_per_step"] for row in rows if "train/seconds_per_step" in row]
     optim, steps = config.optim, tuple(row["step"] for row in evaluated)
     decays = optim.decay_fraction if optim.schedule == "wsd" else 0.0
     stable = sum(step <= config.train.steps * (1 - decays) for step in steps)
+    record = read_record(folder) or {}
     return Evaluations(
         steps=steps,
-        losses={name: tuple(row[f"eval/{name}/loss"] for row in evaluated) for name in modalities},
-        seconds_per_step=seconds[len(seconds) // 2] if seconds else 0.0,
+        losses={
+            name: tuple(row.get(key, math.inf) for row in evaluated) for name, key in keys.items()
+        },
+        seconds_per_step=statistics.median(seconds) if seconds else None,
         stable=max(1, stable),
+        data_version=record.get("made_with", {}).get("data_version", ""),
     )
 
 
@@ -100,8 +108,15 @@ class ArmResult:
     def flops_curves(self, modality: str) -> list[Curve]:
         return [one.curve(modality, self.arm.flops_per_step) for _, one in self.runs]
 
-    def seconds_curves(self, modality: str) -> list[Curve]:
-        return [one.curve(modality, one.seconds_per_step) for _, one in self.runs]
+    def seconds_curves(self, modality: str) -> list[Curve] | None:
+        """None where the time of a run is not known."""
+        times = [one.seconds_per_step for _, one in self.runs]
+        if None in times:
+            return None
+        return [
+            one.curve(modality, seconds or 0.0)
+            for (_, one), seconds in zip(self.runs, times, strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +126,7 @@ class Row:
     Attributes:
       arm, baseline, modality: which.
       ratio: FLOPs to the baseline's lowest loss, over the baseline's own.
-      seconds: the same of seconds of training.
+      seconds: the same of seconds of training; None where a time is not known.
       reverse: FLOPs that the baseline needs to the arm's lowest loss, over the arm's own.
       loss: lowest held-out loss over seeds, nats a token.
       difference: that loss less the baseline's, paired.
@@ -123,7 +138,7 @@ class Row:
     baseline: str
     modality: str
     ratio: Interval
-    seconds: Interval
+    seconds: Interval | None
     reverse: Interval
     loss: Interval
     difference: Interval
@@ -141,6 +156,7 @@ class Row:
             "high": self.ratio.high,
             "seeds": self.ratio.seeds,
             "censored": self.ratio.censored,
+            "early": self.ratio.early,
             "verdict": self.verdict,
             "turned": self.turned,
         }
@@ -151,18 +167,22 @@ class Row:
             "loss_difference": self.difference,
         }
         for name, interval in others.items():
-            document[name] = interval.mean
-            document[f"{name}_low"], document[f"{name}_high"] = interval.low, interval.high
-        document["seconds_censored"] = self.seconds.censored
+            values = (None,) * 3 if interval is None else _ends(interval)
+            for end, value in zip(("", "_low", "_high"), values, strict=True):
+                document[f"{name}{end}"] = value
         document["reverse_censored"] = self.reverse.censored
         return document
+
+
+def _ends(interval: Interval) -> tuple[float | None, ...]:
+    return interval.mean, interval.low, interval.high
 
 
 def compare_arm(arm: ArmResult, baseline: ArmResult, modality: str) -> Row:
     """The statistics of an arm on one modality, over the seeds that both have."""
     seeds = min(len(arm.runs), len(baseline.runs))
     flops, own_flops = arm.flops_curves(modality)[:seeds], baseline.flops_curves(modality)[:seeds]
-    seconds, own_seconds = (one.seconds_curves(modality)[:seeds] for one in (arm, baseline))
+    seconds, own_seconds = arm.seconds_curves(modality), baseline.seconds_curves(modality)
     ratio, difference = budget_ratio(flops, own_flops), loss_difference(flops, own_flops)
     pairs = zip(flops, own_flops, strict=True)
     return Row(
@@ -170,7 +190,9 @@ def compare_arm(arm: ArmResult, baseline: ArmResult, modality: str) -> Row:
         baseline=baseline.arm.name,
         modality=modality,
         ratio=ratio,
-        seconds=budget_ratio(seconds, own_seconds),
+        seconds=budget_ratio(seconds[:seeds], own_seconds[:seeds])
+        if seconds and own_seconds
+        else None,
         reverse=budget_ratio(own_flops, flops),
         loss=mean_interval([curve.lowest for curve in flops]),
         difference=difference,
@@ -202,7 +224,7 @@ def evaluation_rows(results: Sequence[ArmResult], modalities: Sequence[str]) -> 
                             "loss": loss,
                             "step": step,
                             "tokens": step * places,
-                            "seconds": step * one.seconds_per_step,
+                            "seconds": step * one.seconds_per_step if one.seconds_per_step else "",
                             "learning_rate": run.rate,
                         }
                     )

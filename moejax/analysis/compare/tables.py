@@ -31,10 +31,16 @@ def csv_text(rows: Sequence[dict]) -> str:
     return text.getvalue()
 
 
-def ratio_text(ratio: Interval) -> str:
+def ratio_text(ratio: Interval | None) -> str:
     """``"0.62 [0.55, 0.70]"``; ``"> 1.00 (3 of 3 not reached)"`` where seeds are censored."""
+    if ratio is None:
+        return "not known"
+    if ratio.censored and ratio.early:
+        return "not known (some not reached, some from the start)"
     if ratio.censored:
         return f"> {ratio.mean:.2f} ({ratio.censored} of {ratio.seeds} not reached)"
+    if ratio.early:
+        return f"< {ratio.mean:.2f} ({ratio.early} of {ratio.seeds} from the start)"
     return interval_text(ratio, "{:.2f}")
 
 

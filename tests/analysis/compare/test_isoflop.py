@@ -13,14 +13,13 @@ SIZES = np.geomspace(1e6, 3e7, 6)
 
 def points(law: Law, budgets=(1e15, 3e15, 1e16), noise: float = 0.0) -> Points:
     budgets = np.array(budgets)
-    tokens = budgets[None] / (6 * SIZES[:, None])
-    losses = law.loss(SIZES[:, None], tokens)
+    losses = law.loss(SIZES[:, None], budgets[None] / (6 * SIZES[:, None]))
     rng = np.random.default_rng(0)
-    return Points(SIZES, tokens, losses * np.exp(rng.normal(0, noise, losses.shape)))
+    return Points(SIZES, budgets, losses * np.exp(rng.normal(0, noise, losses.shape)))
 
 
-def test_budgets_are_those_of_the_runs():
-    assert points(LAW).budgets == pytest.approx([1e15, 3e15, 1e16])
+def test_tokens_are_what_the_budget_buys():
+    assert 6 * SIZES[2] * points(LAW).tokens[2] == pytest.approx([1e15, 3e15, 1e16])
 
 
 def test_the_law_is_found_again():

@@ -1,7 +1,5 @@
 """FLOPs to reach a loss: interpolation, censoring, intervals that hold what they should."""
 
-import math
-
 import numpy as np
 import pytest
 from scipy import stats
@@ -36,6 +34,11 @@ def test_the_first_time_counts():
     assert curve.to_reach(5.2) == pytest.approx(2**0.8)
     assert curve.turned and curve.lowest == 5.0
     assert not Curve((1.0, 2.0), (6.0, 5.0)).turned
+
+
+def test_an_evaluation_that_was_not_finite_is_passed_over():
+    curve = Curve((1.0, 2.0, 4.0), (float("inf"), 5.0, 4.0))
+    assert curve.to_reach(5.5) == 2.0 and curve.lowest == 4.0
 
 
 def test_a_curve_must_rise_in_what_is_spent():
@@ -81,6 +84,19 @@ def test_a_target_that_is_not_reached_is_a_bound_and_no_more():
     assert reverse.mean == pytest.approx(0.25, rel=0.02) and reverse.censored == 0
 
 
+def test_a_target_that_was_there_from_the_start_is_a_bound_too():
+    """The baseline of a much worse arm has its loss at the first evaluation: at most 1/8."""
+    arms = [power_law(40.0, shift) for shift in (0.0, 0.1)]
+    baselines = [power_law(1.0, shift) for shift in (0.0, 0.1)]
+    got = budget_ratio(baselines, arms)
+    assert (got.early, got.censored) == (2, 0)
+    assert got.mean == pytest.approx(1 / 8) and got.low is None and got.high is not None
+    # A baseline that is lowest at once: what it needed is not known from below.
+    risen = [Curve(SPENT, tuple(5.0 + i for i in range(8)))] * 2
+    got = budget_ratio([power_law(0.1)] * 2, risen)
+    assert got.censored == 2 and got.high is None
+
+
 def test_one_seed_tells_nothing_apart():
     arms, baselines = [power_law(0.3)], [power_law(1.0)]
     got = budget_ratio(arms, baselines)
@@ -96,14 +112,20 @@ def test_copies_have_ratio_one():
     assert verdict(got, loss_difference(curves, curves)) == ALIKE
 
 
-def noisy(rng: np.random.Generator, scale: float, seed_effect: float) -> Curve:
-    curve = power_law(scale, seed_effect)
-    noise = rng.normal(0, 0.01) + rng.normal(0, 0.003, len(SPENT))
-    return Curve(SPENT, tuple(np.add(curve.losses, noise).tolist()))
+def noisy(
+    rng: np.random.Generator, scale: float, seed_effect: float, more: float, turns: bool
+) -> Curve:
+    """A power law with the noise of a run; ``more``: what whole steps add to the budget."""
+    losses = np.array(power_law(scale, seed_effect).losses)
+    if turns:
+        losses[3:] = losses[2] + 0.05 * np.arange(1, 6)
+    losses += rng.normal(0, 0.01) + rng.normal(0, 0.003, len(SPENT))
+    return Curve(tuple(more * spent for spent in SPENT), tuple(losses.tolist()))
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
-def test_intervals_hold_one_for_equal_arms_and_not_for_worse_ones(seeds):
+@pytest.mark.parametrize(("more", "turns"), [(1.0, False), (1.01, False), (1.0, True)])
+def test_intervals_hold_one_for_equal_arms_and_not_for_worse_ones(seeds, more, turns):
     """Of 300 comparisons of equal arms, whose runs differ by noise, few are told apart.
 
     Nearly all of those with an arm that needs half as many FLOPs again are.
@@ -112,11 +134,9 @@ def test_intervals_hold_one_for_equal_arms_and_not_for_worse_ones(seeds):
     wrong = seen = 0
     for _ in range(300):
         effects = rng.normal(0, 0.1, seeds)
-        run = lambda scale: [noisy(rng, scale, effect) for effect in effects]  # noqa: B023
-        baselines, equal, worse = run(1.0), run(1.0), run(1.5)
-        got = budget_ratio(equal, baselines)
-        outside = got.low > 1 or (got.high if got.high is not None else math.inf) < 1
-        wrong += outside or verdict(got, loss_difference(equal, baselines)) != ALIKE
+        run = lambda scale, of: [noisy(rng, scale, effect, of, turns) for effect in effects]  # noqa: B023
+        baselines, equal, worse = run(1.0, 1.0), run(1.0, more), run(1.5, more)
+        wrong += verdict(budget_ratio(equal, baselines), loss_difference(equal, baselines)) != ALIKE
         seen += verdict(budget_ratio(worse, baselines), loss_difference(worse, baselines)) == WORSE
     assert wrong <= 0.08 * 300
     assert seen >= 0.8 * 300
