@@ -128,7 +128,9 @@ class _Work:
 
     def __init__(self, plan: Plan, workdir: Path):
         self.plan, self.workdir = plan, workdir
+        # As far as can be foreseen: a sweep may go on beyond its rates.
         self.left = len(plan.arms) * (len(plan.rates) + plan.seeds - 1)
+        self.seen: list[Run] = []
         self.ran, self.began = 0, time.monotonic()
         # Of each seed, which is a part of it.
         self.data_versions: dict[int, str] = {}
@@ -186,9 +188,10 @@ class _Work:
         failed = folder / FAILED_FILE
         if failed.exists():
             return failed.read_text(encoding="utf-8").strip()
+        if run.seed or run.rate in self.plan.rates:
+            self.left -= run not in self.seen
+        self.seen.append(run)
         if is_finished(run.config, folder):
-            # Seed 0 at the chosen rate has been counted in the sweep.
-            self.left = max(self.left - (run.seed > 0 or self.ran == 0), 0)
             return ""
         began, failure = time.monotonic(), ""
         # What a run says of itself is kept, and would bury the lines of the comparison.
@@ -203,8 +206,7 @@ class _Work:
         if not failure and not is_finished(run.config, folder):
             # Only a signal ends an unfinished run without an error.
             raise Stopped
-        # A sweep that goes on beyond its rates has runs that were not foreseen.
-        self.ran, self.left = self.ran + 1, max(self.left - 1, 0)
+        self.ran += 1
         self.say(run, failure, time.monotonic() - began)
         return failure
 

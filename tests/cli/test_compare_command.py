@@ -101,7 +101,17 @@ def test_isoflop_trains_every_width_and_fits(tmp_path, monkeypatch, capsys, no_t
     monkeypatch.chdir(tmp_path)
     command = [
         *("isoflop", "--config", "quickstart:dense", "--widths", "8,16,24"),
-        *("--budget", "flops=12.5e9", "--evaluations", "4", "--seeds", "1", "--rates", "3e-3", *TINY),
+        *(
+            "--budget",
+            "flops=12.5e9",
+            "--evaluations",
+            "4",
+            "--seeds",
+            "1",
+            "--rates",
+            "3e-3",
+            *TINY,
+        ),
     ]
     assert main(command) == 0
     folder = tmp_path / "runs" / "isoflop_quickstart_dense"

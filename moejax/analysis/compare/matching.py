@@ -139,11 +139,12 @@ def loss_difference(arms: Sequence[Curve], baselines: Sequence[Curve]) -> Interv
 BETTER, WORSE, ALIKE = "better", "worse", "not told apart"
 
 
-def verdict(ratio: Interval, difference: Interval) -> str:
-    """What the seeds allow to say; with one seed always that nothing can be told apart."""
-    if ratio.censored:
-        # Bounds of several seeds lie close together, whatever the ratios are.
-        return WORSE if difference.low is not None and difference.low > 0 else ALIKE
-    if ratio.high is not None and ratio.high < 1:
-        return BETTER
-    return WORSE if ratio.low is not None and ratio.low > 1 else ALIKE
+def verdict(difference: Interval) -> str:
+    """What the seeds allow to say of the arm at this budget, from :func:`loss_difference`.
+
+    Not from the ratio: where targets are not reached it is a bound, and those of several seeds lie
+    close together whatever the ratios are. With one seed nothing can be told apart.
+    """
+    if difference.low is not None and difference.low > 0:
+        return WORSE
+    return BETTER if difference.high is not None and difference.high < 0 else ALIKE

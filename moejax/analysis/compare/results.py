@@ -183,13 +183,13 @@ def compare_arm(arm: ArmResult, baseline: ArmResult, modality: str) -> Row:
     seeds = min(len(arm.runs), len(baseline.runs))
     flops, own_flops = arm.flops_curves(modality)[:seeds], baseline.flops_curves(modality)[:seeds]
     seconds, own_seconds = arm.seconds_curves(modality), baseline.seconds_curves(modality)
-    ratio, difference = budget_ratio(flops, own_flops), loss_difference(flops, own_flops)
+    difference = loss_difference(flops, own_flops)
     pairs = zip(flops, own_flops, strict=True)
     return Row(
         arm=arm.arm.name,
         baseline=baseline.arm.name,
         modality=modality,
-        ratio=ratio,
+        ratio=budget_ratio(flops, own_flops),
         seconds=budget_ratio(seconds[:seeds], own_seconds[:seeds])
         if seconds and own_seconds
         else None,
@@ -197,7 +197,7 @@ def compare_arm(arm: ArmResult, baseline: ArmResult, modality: str) -> Row:
         loss=mean_interval([curve.lowest for curve in flops]),
         difference=difference,
         turned=sum(a.turned or b.turned for a, b in pairs),
-        verdict=verdict(ratio, difference),
+        verdict=verdict(difference),
     )
 
 
