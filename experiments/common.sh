@@ -15,8 +15,9 @@ case "$SIZE" in
     ;;
   gpu)
     BUDGET="${BUDGET:-flops=2e15}"
-    FRAME=(--config.data.batch_size=128 --config.data.sequence_length=320 --config.model.d_model=512
-      --config.model.num_heads=8 --config.model.num_layers=8 --config.model.dtype=bfloat16)
+    # Four times as wide and twice as deep.
+    FRAME=(--width 512 --config.model.num_layers=8 --config.model.dtype=bfloat16
+      --config.data.batch_size=128 --config.data.sequence_length=320)
     ;;
   *)
     echo "usage: $0 [cpu|gpu]" >&2

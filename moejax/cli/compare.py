@@ -52,14 +52,21 @@ def run(argv: Sequence[str]) -> int:
     )
     # `--config.a.b=v` without --config: it changes all arms.
     parser.set_defaults(config=None)
+    parser.add_argument(
+        "--width",
+        type=int,
+        default=0,
+        metavar="D",
+        help="model width of all arms, their other widths in proportion (default: their own)",
+    )
     args = parser.parse(argv)
 
+    from moejax.analysis.compare.arms import arms_of, folder_name
     from moejax.analysis.compare.output import write_comparison
-    from moejax.analysis.compare.plan import arms_of, folder_name
     from moejax.analysis.compare.tables import comparison_markdown
 
     specs = arms_of(args.configs, args.arm)
-    plan = plan_from(args, specs, match=args.match, schedule=args.schedule)
+    plan = plan_from(args, specs, match=args.match, schedule=args.schedule, width=args.width)
     default = folder_name("_".join(spec.name for spec in specs))[:_LONGEST_NAME]
     workdir = Path(args.workdir or Path("runs") / f"compare_{default}")
 
@@ -108,7 +115,8 @@ def plan_from(args: argparse.Namespace, specs: Sequence[Any], **options: Any) ->
     if not args.budget:
         raise UserError("--budget: give what every run may spend, e.g. --budget flops=3e12")
 
-    from moejax.analysis.compare.plan import make_plan, parse_budget
+    from moejax.analysis.compare.arms import parse_budget
+    from moejax.analysis.compare.plan import make_plan
 
     return make_plan(
         specs,

@@ -26,9 +26,9 @@ def run(argv: Sequence[str]) -> int:
     if not all(width.isdecimal() for width in widths):
         raise UserError(f"--widths {args.widths}: write whole numbers, e.g. 64,96,128")
 
+    from moejax.analysis.compare.arms import folder_name
     from moejax.analysis.compare.isoflop import width_arms
     from moejax.analysis.compare.isoflop_output import isoflop_markdown, write_isoflop
-    from moejax.analysis.compare.plan import folder_name
 
     specs = width_arms(args.config, [int(width) for width in widths], args.overrides)
     if args.budget and not args.budget.startswith("flops="):

@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from moejax.analysis.compare.plan import Arm, ArmSpec, Plan, Run, make_plan, parse_budget
+from moejax.analysis.compare.arms import ArmSpec, parse_budget
+from moejax.analysis.compare.plan import Arm, Plan, Run, make_plan
 from moejax.analysis.compare.results import (
     ArmResult,
     Evaluations,

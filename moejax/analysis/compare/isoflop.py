@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from scipy.optimize import least_squares
 
+from moejax.analysis.compare.arms import ArmSpec, at_width
 from moejax.analysis.compare.matching import Interval, mean_interval
-from moejax.analysis.compare.plan import ArmSpec, positions_per_step
+from moejax.analysis.compare.plan import positions_per_step
 from moejax.analysis.compare.results import ArmResult
 from moejax.config.load import load_config
 from moejax.errors import UserError
@@ -22,8 +23,6 @@ from moejax.errors import UserError
 FEWEST_SIZES = 3
 # Budgets at the start of a run that no fit takes.
 _SKIPPED = 1
-# Widths of feed-forward layers are rounded to a multiple of this.
-_MULTIPLE = 8
 
 
 def width_arms(spec: str, widths: Sequence[int], overrides: Sequence[str]) -> list[ArmSpec]:
@@ -36,30 +35,10 @@ def width_arms(spec: str, widths: Sequence[int], overrides: Sequence[str]) -> li
     model = load_config(spec, overrides).model
     if model.name != "decoder":
         raise UserError(f"--config {spec}: scales decoders, not a {model.name}")
-    scaled = lambda value, width: max(
-        _MULTIPLE, round(value * width / model.d_model / _MULTIPLE) * _MULTIPLE
-    )
-    arms = []
-    for width in sorted(set(widths)):
-        if width < 1 or width % model.head_dim:
-            raise UserError(f"--widths: {width} is no multiple of the head size {model.head_dim}")
-        heads = width // model.head_dim
-        ffn = tuple(scaled(value, width) for value in model.ffn_hidden)
-        changes = {
-            "model.d_model": width,
-            "model.num_heads": heads,
-            "model.num_kv_heads": max(1, heads * model.kv_heads // model.num_heads),
-            "model.head_size": model.head_dim,
-            "model.ffn_hidden": ffn,
-        }
-        for name in ("hidden", "shared_hidden"):
-            value = getattr(model.moe, name)
-            if value:
-                changes[f"model.moe.{name}"] = scaled(value, width)
-        arms.append(
-            ArmSpec(f"d{width}", spec, tuple(f"{name}={value}" for name, value in changes.items()))
-        )
-    return arms
+    return [
+        ArmSpec(f"d{width}", spec, at_width(model, width, "--widths"))
+        for width in sorted(set(widths))
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,20 @@
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from moejax.analysis.compare.arms import ArmSpec, Budget, folder_name, widened
+from moejax.analysis.compare.checks import (
+    check_configs,
+    check_flops,
+    check_names,
+    check_options,
+    check_overrides,
+    check_steps,
+)
 from moejax.analysis.flops import (
     BACKWARD_AND_FORWARD,
     TokenFlops,
@@ -16,14 +24,9 @@ from moejax.analysis.flops import (
     flops_by_modality,
 )
 from moejax.config import Config
-from moejax.config.load import flag_text, load_config
-from moejax.config.sweep import split_commas
-from moejax.errors import UserError, did_you_mean
-from moejax.train.evaluate import EVALUATORS, check_evaluators, eval_plans
+from moejax.config.load import load_config
 from moejax.train.setup import configure_jax, open_pipeline
 
-# Arms whose training FLOPs differ from the budget by more than this are refused.
-TOLERANCE = 0.02
 # Share of a run's steps over which its learning rate rises.
 WARMUP_SHARE = 0.05
 # Neighbouring learning rates of a sweep.
@@ -34,77 +37,6 @@ FEWEST_RATES = 3
 MOST_RATES = 7
 # Batches that say how many tokens are of which modality.
 _MIX_BATCHES = 8
-# Fields in which arms may differ: they change no batch, or the comparison sets them.
-_FREE_FIELDS = ("data.prefetch", "data.seed", "eval.every", "eval.best_metric", "eval.patience")
-SCHEDULES = ("constant", "wsd")
-MATCHES = ("flops", "tokens")
-# What the comparison sets itself, with the flag that it follows from.
-_OWN_FIELDS = {
-    "train.steps": "--budget",
-    "train.seed": "--seeds",
-    "data.seed": "--seeds",
-    "optim.learning_rate": "--rates",
-    "optim.schedule": "--schedule",
-    "optim.warmup_steps": "--budget",
-    "eval.every": "--evaluations",
-    "eval.best_metric": "--evaluations",
-    "eval.patience": "--evaluations",
-    "train.checkpoint_every": "--checkpoint-every",
-    "train.checkpoint_keep": "--checkpoint-every",
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """What every run may spend: ``unit`` is flops (of training), tokens or steps."""
-
-    unit: str
-    amount: float
-
-
-def parse_budget(text: str) -> Budget:
-    """``"flops=3e12"``, ``"tokens=1e6"`` or ``"steps=200"``."""
-    unit, _, amount = text.partition("=")
-    try:
-        value = float(amount)
-    except ValueError:
-        value = 0.0
-    if unit not in ("flops", "tokens", "steps") or not 0 < value < float("inf"):
-        raise UserError(f"--budget {text}: write flops=3e12, tokens=1e6 or steps=200")
-    return Budget(unit, value)
-
-
-@dataclasses.dataclass(frozen=True)
-class ArmSpec:
-    """One arm as asked for: a name, a config and what is changed in it (each ``"a.b=v"``)."""
-
-    name: str
-    spec: str
-    overrides: tuple[str, ...] = ()
-
-
-def parse_arm(text: str) -> ArmSpec:
-    """``"half=quickstart,model.num_layers=2"``: a name, a config, and what is changed in it."""
-    name, equals, rest = text.partition("=")
-    spec, *overrides = split_commas(rest)
-    if not (equals and name.strip() and spec.strip()) or not all("=" in part for part in overrides):
-        raise UserError(f"--arm {text}: write --arm NAME=CONFIG,FIELD=VALUE,FIELD=VALUE")
-    return ArmSpec(name.strip(), spec.strip(), tuple(part.strip() for part in overrides))
-
-
-def arms_of(configs: str, arms: Sequence[str]) -> list[ArmSpec]:
-    """The arms of ``--configs a,b`` and of each ``--arm``; of one config twice the second is b_2.
-
-    The first is the baseline. UserError for fewer than two.
-    """
-    found: list[ArmSpec] = []
-    for spec in filter(None, (part.strip() for part in configs.split(","))):
-        copies = sum(arm.spec == spec for arm in found)
-        found.append(ArmSpec(f"{spec}_{copies + 1}" if copies else spec, spec))
-    found += map(parse_arm, arms)
-    if len(found) < 2:
-        raise UserError("--configs: name at least two, the baseline first: --configs mot,chameleon")
-    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,10 +96,6 @@ class Run:
     def folder(self) -> str:
         """Where it lies in the folder of the comparison."""
         return f"runs/{folder_name(self.arm)}/rate={self.rate:g},seed={self.seed}"
-
-
-def folder_name(arm: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._+-]+", "_", arm)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +164,7 @@ def make_plan(
     evaluations: int = 8,
     schedule: str = "constant",
     checkpoint_every: int = 0,
+    width: int = 0,
     overrides: Sequence[str] = (),
 ) -> Plan:
     """Loads every arm and gives it its steps; nothing is trained or written.
@@ -250,37 +179,19 @@ def make_plan(
       evaluations: of each run, evenly spread; one or a few less where they do not divide the steps.
       schedule: "constant" (after a rise) or "wsd", whose losses count before it decays.
       checkpoint_every: steps between checkpoints; 0: one at each evaluation.
+      width: of all arms, each scaled in proportion (:func:`at_width`); 0 leaves them as they are.
       overrides: of all arms, each ``"a.b=v"``.
 
     Raises:
       UserError: an arm that is refused, whose data are not the baseline's, or whose budget is not.
     """
-    if seeds < 1:
-        raise UserError(f"--seeds {seeds}: must be positive")
-    if evaluations < 2:
-        raise UserError(f"--evaluations {evaluations}: a curve needs at least 2")
-    if len(set(rates)) == 2 or len({f"{rate:g}" for rate in rates}) < len(rates):
-        raise UserError("--rates: give at least three different ones, or one that is taken as is")
-    _check_names(specs)
-    for field, value, known in (("schedule", schedule, SCHEDULES), ("match", match, MATCHES)):
-        if value not in known:
-            raise UserError(f"--{field} {value}{did_you_mean(value, known)}")
-    for override in (*overrides, *(one for arm in specs for one in arm.overrides)):
-        field = override.partition("=")[0].lstrip("-").removeprefix("config.")
-        if field in _OWN_FIELDS:
-            raise UserError(f"{field}: is set by the comparison; see {_OWN_FIELDS[field]}")
+    check_options(seeds, evaluations, rates, schedule, match)
+    check_names(specs)
+    check_overrides(specs, overrides)
+    if width:
+        specs = [widened(arm, width, overrides) for arm in specs]
     configs = [load_config(arm.spec, [*overrides, *arm.overrides]) for arm in specs]
-    for arm, config in zip(specs, configs, strict=True):
-        if config.model.name != "decoder":
-            raise UserError(f"--configs {arm.spec}: compares decoders, not a {config.model.name}")
-        check_evaluators(config)
-        if missing := _missing_losses(config):
-            raise UserError(
-                f"eval.metrics: no evaluator of {arm.name} gives {' or '.join(missing)}; use "
-                "likelihood, with denoising for pictures as latents"
-            )
-    for arm, config in zip(specs[1:], configs[1:], strict=True):
-        _check_alike(specs[0].name, configs[0], arm.name, config)
+    check_configs(specs, configs)
     mix = functools.cache(lambda: token_mix(configs[0]))
     per_step = [_flops_per_step(config, mix) for config in configs]
     if budget.unit == "flops":
@@ -293,7 +204,7 @@ def make_plan(
     rates = tuple(sorted(rates)) or _default_rates(configs[0].optim.learning_rate)
     arms = []
     for spec, config, count, flops in zip(specs, configs, steps, per_step, strict=True):
-        _check_steps(spec.name, count, flops, budget, evaluations)
+        check_steps(spec.name, count, flops, budget, evaluations)
         arms.append(
             Arm(
                 name=spec.name,
@@ -306,7 +217,7 @@ def make_plan(
             )
         )
     if match == "flops":
-        _check_flops(arms, budget)
+        check_flops([arm.name for arm in arms], steps, per_step, budget.amount)
     return Plan(tuple(arms), budget, match, seeds, rates, evaluations, schedule)
 
 
@@ -340,83 +251,6 @@ def _flops_per_step(config: Config, mix: Any) -> float:
         parts = (flops.scaled(shares[name]) for name, flops in by_modality.items())
         flops = sum(parts, TokenFlops(0.0, 0.0, 0.0))
     return BACKWARD_AND_FORWARD * flops.forward * positions
-
-
-def _check_names(specs: Sequence[ArmSpec]) -> None:
-    """UserError unless there are two arms or more, each with a folder of its own."""
-    if len(specs) < 2:
-        raise UserError("--configs: name at least two, the baseline first: --configs mot,chameleon")
-    folders = [folder_name(arm.name) for arm in specs]
-    for arm, folder in zip(specs, folders, strict=True):
-        if folders.count(folder) > 1:
-            raise UserError(f"--arm {arm.name}: two arms have that name, or the folder {folder}")
-        if not folder.strip("._"):
-            raise UserError(f"--arm {arm.name}: give it a name with letters or digits")
-
-
-def _missing_losses(config: Config) -> list[str]:
-    """The losses of modalities that no evaluator of the config measures, as far as they say."""
-    measured: set[str] = set()
-    for plan in eval_plans(config.eval):
-        names = getattr(EVALUATORS.get(plan.name), "metric_names", None)
-        if names is None:
-            return []
-        measured |= {plan.prefix + name for name in names(config)}
-    return [f"{name}/loss" for name in config.model.modalities if f"{name}/loss" not in measured]
-
-
-def _check_alike(baseline: str, first: Config, arm: str, other: Config) -> None:
-    """UserError unless both see the same batches and their losses are of the same kind."""
-    if first.model.modalities != other.model.modalities:
-        raise UserError(
-            f"--configs: {baseline} has model.modalities={first.model.modalities}, {arm} "
-            f"{other.model.modalities}; their losses are not of the same tokens"
-        )
-    a, b = _comparable(first), _comparable(other)
-    for name in a.keys() | b.keys():
-        if a.get(name) != b.get(name):
-            raise UserError(
-                f"--configs: {baseline} has {name}={flag_text(a.get(name))}, {arm} "
-                f"{flag_text(b.get(name))}; all arms see the same batches and are judged alike: "
-                f"give --config.{name}="
-            )
-
-
-def _comparable(config: Config) -> dict[str, Any]:
-    """The fields that have to be equal in all arms."""
-    fields = {
-        f"{group}.{field.name}": getattr(getattr(config, group), field.name)
-        for group in ("data", "eval")
-        for field in dataclasses.fields(getattr(config, group))
-    }
-    for name in _FREE_FIELDS:
-        del fields[name]
-    fields["objective.name"] = config.objective.name
-    # Noise and velocity are different things to predict.
-    fields["objective.process"] = getattr(config.objective, "process", "")
-    for name in ("decay_fraction", "final_fraction"):
-        fields[f"optim.{name}"] = getattr(config.optim, name)
-    return fields
-
-
-def _check_steps(name: str, steps: int, flops: float, budget: Budget, evaluations: int) -> None:
-    if steps < evaluations:
-        raise UserError(
-            f"--budget: {budget.unit}={budget.amount:g} is {steps} steps of {name}, fewer than the "
-            f"{evaluations} evaluations; a step is {flops:.3g} FLOPs"
-        )
-
-
-def _check_flops(arms: Sequence[Arm], budget: Budget) -> None:
-    """UserError where whole steps miss the budget, or two arms each other, by too much."""
-    low, high = (pick(arms, key=lambda arm: arm.flops) for pick in (min, max))
-    for arm in (low, high):
-        other = budget.amount if arm is low else min(budget.amount, low.flops)
-        if abs(arm.flops / other - 1) > TOLERANCE:
-            raise UserError(
-                f"--budget: {arm.steps} steps of {arm.name} are {arm.flops:.4g} FLOPs, more than "
-                f"{TOLERANCE:.0%} from {other:.4g}; give a larger budget or a smaller batch"
-            )
 
 
 def _default_rates(rate: float) -> tuple[float, ...]:

@@ -2,14 +2,8 @@
 
 import pytest
 
-from moejax.analysis.compare.plan import (
-    Budget,
-    arms_of,
-    make_plan,
-    parse_arm,
-    parse_budget,
-    token_mix,
-)
+from moejax.analysis.compare.arms import Budget, arms_of, parse_arm, parse_budget
+from moejax.analysis.compare.plan import make_plan, token_mix
 from moejax.analysis.compare.results import choose_rate
 from moejax.analysis.flops import flops_by_modality, flops_per_token
 from moejax.config import load_config
@@ -67,6 +61,15 @@ def test_equal_flops_are_fewer_steps_of_a_dearer_arm():
     assert [arm.steps for arm in by_tokens.arms] == [first.steps, first.steps]
     by_tokens = plan("quickstart:dense,quickstart", "tokens=25600")
     assert [arm.steps for arm in by_tokens.arms] == [25600 / positions] * 2
+
+
+def test_all_arms_can_be_widened_in_proportion():
+    got = plan("quickstart:dense,quickstart", "steps=9", width=48)
+    for arm in got.arms:
+        model = arm.config.model
+        assert (model.d_model, model.num_heads, model.ffn_hidden) == (48, 6, (96,))
+    with pytest.raises(UserError, match="--width: 50 is no multiple of the head size 8"):
+        plan("quickstart:dense,quickstart", "steps=9", width=50)
 
 
 def test_modalities_that_cost_more_count_by_their_tokens():
