@@ -94,9 +94,9 @@ RATE_HEAD = ("arm", "steps", "training FLOPs", "learning rate", "mean loss of ea
 
 def describe(plan: Plan) -> str:
     """One sentence on what was held equal."""
-    budget = f"{plan.budget.amount:g} {'training FLOPs' if plan.match == 'flops' else ''}".strip()
+    budget = f"{plan.budget.amount:g} training FLOPs"
     if plan.match != "flops":
-        budget += f" {plan.budget.unit} (equal tokens in all arms)"
+        budget = f"{plan.arms[0].tokens:,} tokens (not equal FLOPs)"
     rates = "each arm at its best learning rate" if plan.swept else "one learning rate for all"
     return (
         f"{budget} in every run; {plan.seeds} paired seed{'s' * (plan.seeds > 1)}; the same "
