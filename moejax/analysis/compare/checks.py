@@ -28,6 +28,8 @@ _OWN_FIELDS = {
     "train.checkpoint_every": "--checkpoint-every",
     "train.checkpoint_keep": "--checkpoint-every",
 }
+# Share of the steps that a learning rate may decay over.
+_LONGEST_DECAY = 0.5
 SCHEDULES = ("constant", "wsd")
 MATCHES = ("flops", "tokens")
 
@@ -53,8 +55,13 @@ def check_overrides(specs: Sequence[ArmSpec], overrides: Sequence[str]) -> None:
             raise UserError(f"{field}: is set by the comparison; see {_OWN_FIELDS[field]}")
 
 
-def check_configs(specs: Sequence[ArmSpec], configs: Sequence[Config]) -> None:
+def check_configs(specs: Sequence[ArmSpec], configs: Sequence[Config], schedule: str) -> None:
     """UserError unless all arms are decoders on the same data, judged by the same losses."""
+    if schedule == "wsd" and configs[0].optim.decay_fraction > _LONGEST_DECAY:
+        raise UserError(
+            f"optim.decay_fraction: {configs[0].optim.decay_fraction:g} leaves too few evaluations "
+            f"before the decay; at most {_LONGEST_DECAY:g} with --schedule wsd"
+        )
     for arm, config in zip(specs, configs, strict=True):
         if config.model.name != "decoder":
             raise UserError(f"--configs {arm.spec}: compares decoders, not a {config.model.name}")

@@ -191,7 +191,7 @@ def make_plan(
     if width:
         specs = [widened(arm, width, overrides) for arm in specs]
     configs = [load_config(arm.spec, [*overrides, *arm.overrides]) for arm in specs]
-    check_configs(specs, configs)
+    check_configs(specs, configs, schedule)
     mix = functools.cache(lambda: token_mix(configs[0]))
     per_step = [_flops_per_step(config, mix) for config in configs]
     if budget.unit == "flops":

@@ -110,13 +110,12 @@ class ArmResult:
 
     def seconds_curves(self, modality: str) -> list[Curve] | None:
         """None where the time of a run is not known."""
-        times = [one.seconds_per_step for _, one in self.runs]
-        if None in times:
-            return None
-        return [
-            one.curve(modality, seconds or 0.0)
-            for (_, one), seconds in zip(self.runs, times, strict=True)
+        curves = [
+            one.curve(modality, one.seconds_per_step)
+            for _, one in self.runs
+            if one.seconds_per_step is not None
         ]
+        return curves if len(curves) == len(self.runs) else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,6 +106,11 @@ def test_arms_differ_in_nothing_that_the_comparison_sets():
         ("quickstart,quickstart", "steps=3", [], {}, "3 steps of quickstart, fewer than the 8"),
         ("quickstart,quickstart", "steps=9", [], {"rates": (1e-3, 2e-3)}, "at least three diff"),
         ("quickstart,quickstart", "steps=9", [], {"schedule": "cosine"}, "choose from: constant"),
+        (
+            *("quickstart,quickstart", "steps=9", []),
+            {"schedule": "wsd", "overrides": ["optim.decay_fraction=0.8"]},
+            "optim.decay_fraction: 0.8 leaves too few",
+        ),
         ("quickstart,quickstart", "steps=9", [], {"match": "token"}, "did you mean 'tokens'"),
         ("quickstart", "steps=9", ["quickstart=mot"], {}, "two arms have that name"),
         ("quickstart", "steps=9", ["a b=mot", "a_b=mot"], {}, "the folder a_b"),
