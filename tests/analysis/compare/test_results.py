@@ -76,7 +76,8 @@ def test_rows_and_cells(tmp_path):
     rows = evaluation_rows([baseline, arm], plan.modalities)
     assert len(rows) == 2 * 2 * 2 * 4
     last = rows[-1]
-    assert (last["step"], last["loss"], last["seconds"]) == (8, 4.2, 4.0)
+    assert (last["step"], last["seconds"]) == (8, 4.0)
+    assert last["loss"] == pytest.approx(4.2)
     assert last["flops"] == 8 * plan.arms[1].flops_per_step
 
 
