@@ -136,8 +136,10 @@ def test_intervals_hold_one_for_equal_arms_and_not_for_worse_ones(seeds, more, t
     wrong = seen = outside = 0
     for _ in range(300):
         effects = rng.normal(0, 0.1, seeds)
-        run = lambda scale, of: [noisy(rng, scale, effect, of, turns) for effect in effects]  # noqa: B023
-        baselines, equal, worse = run(1.0, 1.0), run(1.0, more), run(1.5, more)
+        baselines, equal, worse = (
+            [noisy(rng, scale, effect, spends, turns) for effect in effects]
+            for scale, spends in ((1.0, 1.0), (1.0, more), (1.5, more))
+        )
         wrong += verdict(loss_difference(equal, baselines)) != ALIKE
         seen += verdict(loss_difference(worse, baselines)) == WORSE
         ratio = budget_ratio(equal, baselines)
