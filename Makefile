@@ -40,7 +40,7 @@ quickstart: $(VENV)/.installed
 	@echo "the picture: $$(ls -t $(QUICKSTART_DIR)/samples/*/text2image.png | head -1)"
 
 test: $(VENV)/.installed-test
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not gpu and not tpu" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-test
 	$(PYTEST) -m "not gpu and not tpu" $(PYTEST_ARGS)

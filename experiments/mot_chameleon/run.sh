@@ -11,6 +11,10 @@ arms() {  # arms CONFIG CHANGES: dense, then one part after the other untied
   echo --arm "all=$1$2"
 }
 
-compare text_image $(arms quickstart "") --seeds 5
-compare text_image_speech $(arms quickstart:speech "") --seeds 5 --config.data.sequence_length=352 \
-  --config.data.batch_size=8
+if [[ $SIZE == gpu ]]; then
+  seeds=3 speech=(--config.data.batch_size=16 --config.data.sequence_length=704)
+else
+  seeds=5 speech=(--config.data.batch_size=2 --config.data.sequence_length=352 --config.eval.batches=96)
+fi
+compare text_image $(arms quickstart "") --seeds $seeds
+compare text_image_speech $(arms quickstart:speech "") --seeds $seeds "${speech[@]}"
