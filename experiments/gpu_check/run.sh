@@ -12,7 +12,7 @@ say "$(python3 -c 'import jax, flax, sys; print("Python", sys.version.split()[0]
 
 # Float32 products of a GPU are of ten bits unless told otherwise; processes share the memory.
 JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest XLA_PYTHON_CLIENT_PREALLOCATE=false \
-  timeout "${TEST_SECONDS:-180}" python3 -m pytest -q -n "${WORKERS:-8}" -p no:cacheprovider \
+  timeout "${TEST_SECONDS:-240}" python3 -m pytest -q -n "${WORKERS:-8}" -p no:cacheprovider \
   -k "not devices" -m "not slow" tests/pallas_kernels tests/ops tests/experts tests/nn \
   tests/generate/test_cache.py tests/train/test_gpu.py >"$OUT/tests.log" 2>&1
 say "tests: $(tail -1 "$OUT/tests.log")"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
 
 from moejax.analysis.charts import COLORS
 from moejax.analysis.compare.matching import mean_interval
@@ -38,6 +38,14 @@ def png_of(figure: Figure) -> bytes:
     return file.getvalue()
 
 
+def log_x(panel: Axes) -> None:
+    """A logarithmic x axis with labels at 1, 2 and 5 of each decade: 2e+14."""
+    panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:.0e}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _losses(panel: Axes, results: Sequence[ArmResult], modality: str) -> None:
     """The mean over seeds of each arm, in a band of its 95% interval."""
     for i, result in enumerate(results):
@@ -61,7 +69,7 @@ def _losses(panel: Axes, results: Sequence[ArmResult], modality: str) -> None:
             panel.fill_between(spent, low, high, color=color, alpha=0.18, linewidth=0)
     target = mean_interval([curve.lowest for curve in results[0].flops_curves(modality)])
     panel.axhline(target.mean, color="#5f6b7a", linestyle="--", linewidth=1)
-    panel.set_xscale("log")
+    log_x(panel)
     panel.set_title(f"{modality}: held-out loss", fontsize=10)
     panel.set_xlabel("training FLOPs")
     panel.grid(alpha=0.25)

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from moejax.analysis.compare.figures import png_of
+from moejax.analysis.compare.figures import log_x, png_of
 from moejax.analysis.compare.isoflop import Fit, fit_modality, points_of
 from moejax.analysis.compare.plan import Plan
 from moejax.analysis.compare.results import ArmResult, evaluation_rows
@@ -130,7 +130,7 @@ def _panel(panel: Axes, plan: Plan, results: Sequence[ArmResult], fit: Fit) -> N
         best = fit.best[j]
         if best is not None:
             panel.plot(best.mean, np.polyval(parabola, np.log(best.mean)), "*", color="#d55e00")
-    panel.set_xscale("log")
+    log_x(panel)
     panel.set_title(f"{fit.modality}: held-out loss at equal FLOPs", fontsize=10)
     panel.set_xlabel("N (training FLOPs a token / 6)")
     panel.legend(title="FLOPs", fontsize=7, title_fontsize=8, frameon=False)
