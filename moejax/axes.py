@@ -21,6 +21,8 @@ MLP = "mlp"
 HEADS = "heads"
 HEAD_SIZE = "head_size"
 VOCABULARY = "vocabulary"
+# Channels of convolutions.
+CHANNELS = "channels"
 
 # Mesh axes, slow network to fast.
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "sequence")

@@ -11,11 +11,12 @@ def cast_to_common_varying(*arrays):
     inputs of unequal variation the backward would have to know which sums to take. After this
     cast all agree, and the transpose of the cast is the sum over the missing axes.
     """
-    wanted = frozenset().union(*(_varying(array) for array in arrays))
-    return tuple(_cast(array, wanted - _varying(array)) for array in arrays)
+    wanted = frozenset().union(*(varying_axes(array) for array in arrays))
+    return tuple(_cast(array, wanted - varying_axes(array)) for array in arrays)
 
 
-def _varying(array) -> frozenset:
+def varying_axes(array) -> frozenset:
+    """The manual mesh axes along which the array differs; none outside of ``shard_map``."""
     manual = getattr(jax.typeof(array), "manual_axis_type", None)
     return frozenset(manual.varying) if manual is not None else frozenset()
 

@@ -90,6 +90,14 @@ class MoEConfig:
     eval_capacity_factor: float = 0.0
     # How the experts are run: "dropless", "capacity" (buffers), "dense" (each on every token).
     dispatch: str = "dropless"
+    # How tokens meet experts on other devices of the mesh axis "expert": "fsdp" (the weights
+    # travel), "ring", "all_to_all", "ragged" (the tokens do; moejax/parallel/exchange.py), "auto"
+    # (what moves the fewest bytes). Where all have the same tokens, in decoding, sums travel.
+    exchange: str = "auto"
+    # Rows of the buffers of all_to_all and ragged over the even share; 0: room for all.
+    exchange_buffer: float = 0.0
+    # Parts that tokens are exchanged in, so that one can travel while another is computed.
+    exchange_chunks: int = 1
     losses: tuple[RouterLossConfig, ...] = ()
     balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
     # Times that a layer's experts are run one after the other, each time with a router of its own.
@@ -120,7 +128,7 @@ class MoEConfig:
         for name in counts:
             value = getattr(self, name)
             require(value >= 0, f"model.moe.{name}", f"must not be negative, got {value}")
-        for name in ("top_k", "iterations", "pool_layers"):
+        for name in ("top_k", "iterations", "pool_layers", "exchange_chunks"):
             value = getattr(self, name)
             require(value > 0, f"model.moe.{name}", f"must be positive, got {value}")
         require_one_of(self.activation, ("swiglu", "gelu"), "model.moe.activation")
@@ -142,6 +150,9 @@ class MoEConfig:
             "model.moe.dispatch",
             "buffers need a model.moe.capacity: order, priority, weight or recycle",
         )
+        exchanges = ("auto", "fsdp", "ring", "all_to_all", "ragged")
+        require_one_of(self.exchange, exchanges, "model.moe.exchange")
+        require(self.exchange_buffer >= 0, "model.moe.exchange_buffer", "must not be negative")
         require_one_of(self.balance.name, ("none", "sign", "increment"), "model.moe.balance.name")
         require(self.balance.rate >= 0, "model.moe.balance.rate", "must not be negative")
         require(

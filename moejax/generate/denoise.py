@@ -15,6 +15,7 @@ from moejax.errors import UserError
 from moejax.generate.generate import pad_prompts, place_latents, prefill
 from moejax.generate.sampling import row_keys
 from moejax.ops import diffusion
+from moejax.parallel.mesh import mesh_of
 
 # Latents have unit variance; a data point this far out is an error of the prediction.
 _CLIP = 4.0
@@ -85,18 +86,19 @@ def denoise_pictures(
             before = [branch for row in before for branch in (row, row[:0])]
     tokens, lengths = pad_prompts(rows)
     count = len(prompts)
-    patches = _denoise(
-        model,
-        params,
-        vocabulary,
-        tokens,
-        lengths,
-        None if before is None else place_latents(tokens, before, model.config.latents.size),
-        row_keys(seed, np.arange(count) if row_ids is None else np.asarray(row_ids)),
-        guidance,
-        denoising,
-        branches=branches,
-    )
+    with mesh_of(params):
+        patches = _denoise(
+            model,
+            params,
+            vocabulary,
+            tokens,
+            lengths,
+            None if before is None else place_latents(tokens, before, model.config.latents.size),
+            row_keys(seed, np.arange(count) if row_ids is None else np.asarray(row_ids)),
+            guidance,
+            denoising,
+            branches=branches,
+        )
     return np.asarray(patches, np.float32)
 
 

@@ -20,6 +20,7 @@ from moejax.generate.grammar import (
     progress_of_prompt,
 )
 from moejax.generate.sampling import Sampling, choose, guide, mask_logits, row_keys
+from moejax.parallel.mesh import mesh_of
 
 # Prompts are padded to a multiple of this, so that few lengths are compiled.
 _PROMPT_MULTIPLE = 16
@@ -90,20 +91,21 @@ def generate(
         pairs = zip(prompts, unconditional, strict=True)
         rows = [branch for pair in pairs for branch in pair]
     tokens, lengths = pad_prompts(rows)
-    written, count, finished = _generate(
-        model,
-        params,
-        vocabulary,
-        tokens,
-        lengths,
-        row_keys(seed, np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)),
-        sampling or Sampling(),
-        grammar,
-        None if latents is None else place_latents(tokens, latents, model.config.latents.size),
-        max_new_tokens if limit is None else min(limit, max_new_tokens),
-        max_new_tokens=max_new_tokens,
-        branches=1 if unconditional is None else 2,
-    )
+    with mesh_of(params):
+        written, count, finished = _generate(
+            model,
+            params,
+            vocabulary,
+            tokens,
+            lengths,
+            row_keys(seed, np.arange(len(prompts)) if row_ids is None else np.asarray(row_ids)),
+            sampling or Sampling(),
+            grammar,
+            None if latents is None else place_latents(tokens, latents, model.config.latents.size),
+            max_new_tokens if limit is None else min(limit, max_new_tokens),
+            max_new_tokens=max_new_tokens,
+            branches=1 if unconditional is None else 2,
+        )
     return Generated(np.asarray(written), np.asarray(count), np.asarray(finished))
 
 

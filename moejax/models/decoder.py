@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec as P
 
 from moejax import axes
 from moejax.config.schema import DecoderConfig
@@ -28,7 +29,13 @@ from moejax.nn.patch_adapter import patch_adapter
 from moejax.nn.stack import Stack
 from moejax.ops.attention import cached_mask, multimodal_mask
 from moejax.ops.untied import modality_layout, untied_linear
-from moejax.parallel.local import run_local
+from moejax.parallel.local import (
+    FEATURES,
+    PER_DEVICE,
+    TOKENS,
+    constrain_tokens,
+    run_local,
+)
 
 
 @struct.dataclass
@@ -117,6 +124,7 @@ class Decoder(nn.Module):
             train=train,
             record=record,
         )
+        x_btd = constrain_tokens(x_btd)
         x_btd, rows, aux = Stack(cfg, name="stack")(x_btd, layer_state, ctx)
         towers = len(cfg.modalities) if cfg.untie.final_norm else 1
         norm = Norm("rms", cfg.norm_eps, towers, param_dtype(cfg), name="final_norm")
@@ -141,8 +149,11 @@ class Decoder(nn.Module):
             lambda x, layout, head: untied_linear(
                 x, head[None], layout, cfg.kernel_backend, group_offset=text
             ),
-            (x_btd, layout),
-            (head_dv.astype(dtype),),
+            (x_btd, TOKENS),
+            (layout, PER_DEVICE),
+            (head_dv.astype(dtype), P(None, "tensor")),
+            tokens=tokens.shape,
+            out=FEATURES,
         ).astype(param_dtype(cfg))
         denoised = None
         if adapter is not None:
@@ -155,7 +166,12 @@ class Decoder(nn.Module):
         if not (untie.qkv or untie.out or untie.ffn or self.config.latents.channels):
             return None
         num = len(self.config.modalities)
-        return run_local(lambda modality_bt: modality_layout(modality_bt, num), (modality,))
+        return run_local(
+            lambda modality_bt: modality_layout(modality_bt, num),
+            (modality, TOKENS),
+            tokens=modality.shape,
+            out=PER_DEVICE,
+        )
 
 
 def _valid(batch: dict) -> jax.Array:

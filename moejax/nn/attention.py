@@ -9,9 +9,17 @@ import jax.numpy as jnp
 from moejax import axes
 from moejax.config.schema import DecoderConfig, UntieConfig
 from moejax.nn.context import Context
-from moejax.nn.layers import Norm, fan_in_normal, param_dtype, partitioned, project
+from moejax.nn.layers import (
+    Norm,
+    fan_in_normal,
+    param_dtype,
+    partitioned,
+    project,
+    project_back,
+)
 from moejax.ops.attention import attend
 from moejax.ops.rope import apply_rope
+from moejax.parallel.local import FEATURES, ROW_FEATURES, TOKENS, axis_size, run_local
 
 
 class Attention(nn.Module):
@@ -49,8 +57,13 @@ class Attention(nn.Module):
             param_dtype(cfg),
         )
         towers = qkv_mdnh.shape[0]
-        qkv = project(x_btd, qkv_mdnh.reshape(towers, d, -1), ctx, cfg.kernel_backend)
-        q, k, v = jnp.split(qkv.reshape(b, t, n + 2 * g, h), (n, n + g), axis=2)
+        parts = (n * h, g * h, g * h)
+        qkv = project(x_btd, qkv_mdnh.reshape(towers, d, -1), ctx, cfg.kernel_backend, parts)
+        # Each slice of the tensor axis holds its own queries, keys and values.
+        shards = axis_size("tensor")
+        qkv = qkv.reshape(b, t, shards, (n + 2 * g) // shards, h)
+        cuts = (n // shards, (n + g) // shards)
+        q, k, v = (x.reshape(b, t, -1, h) for x in jnp.split(qkv, cuts, axis=3))
         if cfg.qk_norm != "none":
             scales = num if self.untie.norms else 1
             options: dict[str, Any] = {
@@ -67,6 +80,15 @@ class Attention(nn.Module):
         if cache is not None:
             k = jnp.concatenate([cache["k"].astype(k.dtype), k], axis=1)
             v = jnp.concatenate([cache["v"].astype(v.dtype), v], axis=1)
-        heads = attend(q, k, v, ctx.mask_bts).reshape(b, t, n * h)
+        # A device's own queries meet the keys and values of the whole sequence.
+        heads = run_local(
+            attend,
+            (q, FEATURES),
+            (k, ROW_FEATURES),
+            (v, ROW_FEATURES),
+            (ctx.mask_bts, TOKENS),
+            tokens=(b, t),
+            out=FEATURES,
+        ).reshape(b, t, n * h)
         out_mfd = out_mnhd.reshape(out_mnhd.shape[0], n * h, d)
-        return project(heads, out_mfd, ctx, cfg.kernel_backend), rows
+        return project_back(heads, out_mfd, ctx, cfg.kernel_backend), rows

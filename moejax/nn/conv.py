@@ -31,17 +31,17 @@ class ConvBlock(nn.Module):
         # i and j count the rows and columns of the 3x3 window.
         conv_ijdf = self.param(
             "conv_ijdf",
-            partitioned(fan_in_normal((0, 1, 2)), None, None, axes.EMBED, axes.MLP),
+            partitioned(fan_in_normal((0, 1, 2)), None, None, axes.EMBED, axes.CHANNELS),
             (3, 3, d, d),
             self.param_dtype,
         )
         bias_f = self.param(
-            "conv_bias_f", partitioned(nn.initializers.zeros, axes.MLP), (d,), self.param_dtype
+            "conv_bias_f", partitioned(nn.initializers.zeros, axes.CHANNELS), (d,), self.param_dtype
         )
         # A tenth of the usual size: blocks start close to the identity.
         wo_fd = self.param(
             "wo_fd",
-            partitioned(_scaled(0.1, fan_in_normal((0,))), axes.MLP, axes.EMBED),
+            partitioned(_scaled(0.1, fan_in_normal((0,))), axes.CHANNELS, axes.EMBED),
             (d, d),
             self.param_dtype,
         )

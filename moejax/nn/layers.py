@@ -16,7 +16,17 @@ from moejax import axes
 from moejax.config.schema import DecoderConfig
 from moejax.nn.context import Context
 from moejax.ops import norms, untied
-from moejax.parallel.local import run_local
+from moejax.parallel.local import (
+    COLUMNS,
+    FEATURES,
+    INNER,
+    PER_DEVICE,
+    TOKENS,
+    axis_size,
+    interleave,
+    run_local,
+    tensor_sum,
+)
 
 
 def compute_dtype(config: DecoderConfig):
@@ -67,15 +77,38 @@ class Norm(nn.Module):
         return (normalise(x, self.eps) * scale).astype(x.dtype)
 
 
-def project(x_btd: jax.Array, w_mdf: jax.Array, ctx: Context, backend: str) -> jax.Array:
-    """``x @ w``, by modality if ``w`` has more than one tower; [b, t, d] -> [b, t, f]."""
-    w_mdf = w_mdf.astype(x_btd.dtype)
+def project(
+    x_btd: jax.Array, w_mdf: jax.Array, ctx: Context, backend: str, parts: tuple[int, ...]
+) -> jax.Array:
+    """``x @ w``, by modality if ``w`` has more than one tower; [b, t, d] -> [b, t, f].
+
+    Columns are split over the tensor axis, in the order of :func:`interleave` for ``parts``.
+    """
+    w_mdf = interleave(w_mdf.astype(x_btd.dtype), parts)
     if w_mdf.shape[0] == 1:
         return jnp.einsum("btd,df->btf", x_btd, w_mdf[0])
     return run_local(
         lambda x, layout, w: untied.untied_linear(x, w, layout, backend),
-        (x_btd, ctx.layout),
-        (w_mdf,),
+        (x_btd, TOKENS),
+        (ctx.layout, PER_DEVICE),
+        (w_mdf, COLUMNS),
+        tokens=x_btd.shape[:2],
+        out=FEATURES,
+    )
+
+
+def project_back(x_btf: jax.Array, w_mfd: jax.Array, ctx: Context, backend: str) -> jax.Array:
+    """``x @ w``, as :func:`project`, where the tensor axis splits what is summed over."""
+    w_mfd = w_mfd.astype(x_btf.dtype)
+    if w_mfd.shape[0] == 1:
+        return jnp.einsum("btf,fd->btd", x_btf, w_mfd[0])
+    return run_local(
+        lambda x, layout, w: tensor_sum(untied.untied_linear(x, w, layout, backend)),
+        (x_btf, FEATURES),
+        (ctx.layout, PER_DEVICE),
+        (w_mfd, INNER),
+        tokens=x_btf.shape[:2],
+        out=TOKENS,
     )
 
 
@@ -110,12 +143,27 @@ class SwiGLU(nn.Module):
             stacks = [weights(f"_{name}", 1, width) for name, width in towers]
         else:
             stacks = [weights("", self.num, self.widths[0])]
+        widths = self.widths if len(stacks) > 1 else self.widths[:1]
+        stacks = [
+            (interleave(wi, (width, width)), wo)
+            for (wi, wo), width in zip(stacks, widths, strict=True)
+        ]
         wi, wo = tuple(zip(*stacks, strict=True))
-        if self.num == 1:
+        if self.num == 1 and axis_size("tensor") == 1:
             hidden = untied.swiglu(jnp.einsum("btd,df->btf", x_btd, wi[0][0]))
             return jnp.einsum("btf,fd->btd", hidden, wo[0][0])
+
+        def local(x, layout, wi, wo):
+            if self.num == 1:
+                return tensor_sum(untied.swiglu(x @ wi[0][0]) @ wo[0][0])
+            return tensor_sum(untied.untied_swiglu(x, wi, wo, layout, cfg.kernel_backend))
+
         return run_local(
-            lambda x, layout, wi, wo: untied.untied_swiglu(x, wi, wo, layout, cfg.kernel_backend),
-            (x_btd, ctx.layout),
-            (wi, wo),
+            local,
+            (x_btd, TOKENS),
+            (ctx.layout if self.num > 1 else (), PER_DEVICE),
+            (wi, COLUMNS),
+            (wo, INNER),
+            tokens=x_btd.shape[:2],
+            out=TOKENS,
         )

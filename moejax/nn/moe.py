@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from moejax import axes
 from moejax.config.checks import require
@@ -22,7 +23,17 @@ from moejax.experts.mlp import expert_mlp
 from moejax.experts.soft import soft_mlp
 from moejax.nn.context import Context
 from moejax.nn.layers import fan_in_normal, param_dtype, partitioned
-from moejax.parallel.local import run_local
+from moejax.parallel.exchange import Tokens, choose_exchange, exchange
+from moejax.parallel.local import (
+    COLUMNS,
+    INNER,
+    TOKENS,
+    axis_size,
+    interleave,
+    run_local,
+    tensor_sum,
+    token_axes,
+)
 from moejax.routing import (
     ROUTER_LOSSES,
     ROUTERS,
@@ -170,30 +181,68 @@ class MoE(nn.Module):
         ids, gates = plan.expert_ids.reshape(b, t, -1), plan.weights.reshape(b, t, -1)
         seen = x_btd * moe.top_k if moe.scale_input else x_btd
 
-        def local(x, ids, gates, wi, wo):
-            tokens = x.shape[0] * x.shape[1]
-            # Groups that lie here, whole or in part: this many when the cuts fall worst.
-            size = b // groups
-            here = -(-(x.shape[0] + size - math.gcd(x.shape[0], size)) // size)
-            rows = None if plan.max_choices is None else plan.max_choices * here
-            places = places_of(moe, b * t // groups, ctx.train)
-            # Where nobody is dropped, all may choose one expert.
-            buffer = tokens if places is None else min(here * max(places), tokens)
-            return expert_mlp(
-                x.reshape(tokens, d),
-                wi.astype(dtype),
-                wo.astype(dtype),
-                ids.reshape(tokens, -1),
-                gates.reshape(tokens, -1),
-                activation=moe.activation,
-                dispatch=moe.dispatch,
-                capacity=buffer,
-                max_rows=rows,
-                expected_share=moe.ffn_share,
-                backend=cfg.kernel_backend,
-            ).reshape(x.shape)
+        devices, own = axis_size("expert"), token_axes(b, t)
+        here = b * t // math.prod(map(axis_size, (*own.batch, *own.length)))
+        way = choose_exchange(
+            moe.exchange,
+            devices=devices,
+            split="expert" in own.batch,
+            tokens=here,
+            k=ids.shape[-1],
+            width=d,
+            weights=sum(w.size for w in weights),
+            buffer=moe.exchange_buffer,
+        )
+        spread = way != "fsdp" and devices > 1
+        # Rows of the batch whose tokens may be computed here, and the routing groups they lie in,
+        # whole or in part: this many when the cuts fall worst.
+        rows = b // math.prod(map(axis_size, own.batch)) * (devices if spread else 1)
+        size = b // groups
+        groups_here = -(-(rows + size - math.gcd(rows, size)) // size)
+        most = None if plan.max_choices is None else plan.max_choices * groups_here
+        places = places_of(moe, b * t // groups, ctx.train)
 
-        out = run_local(local, (seen, ids, gates), tuple(weights))
+        def local(x, ids, gates, wi, wo):
+            def run(tokens: Tokens):
+                count = tokens.x_td.shape[0]
+                return expert_mlp(
+                    tokens.x_td,
+                    wi,
+                    wo,
+                    tokens.ids,
+                    tokens.gates,
+                    activation=moe.activation,
+                    dispatch=moe.dispatch,
+                    # Where nobody is dropped, all may choose one expert.
+                    capacity=count if places is None else min(groups_here * max(places), count),
+                    max_rows=most,
+                    expected_share=moe.ffn_share * x.shape[0] * x.shape[1] / count / chunks,
+                    backend=cfg.kernel_backend,
+                )
+
+            tokens = Tokens(x.reshape(-1, d), *(a.reshape(-1, a.shape[-1]) for a in (ids, gates)))
+            chunks = math.gcd(moe.exchange_chunks if spread else 1, tokens.x_td.shape[0])
+            parts = zip(*(jnp.split(a, chunks) for a in tokens), strict=True)
+            out = [
+                exchange(way, run, Tokens(*part), wi.shape[0], moe.exchange_buffer)
+                for part in parts
+            ]
+            return tensor_sum(jnp.concatenate(out).reshape(x.shape))
+
+        wi_edf, wo_efd = (w.astype(dtype) for w in weights)
+        if moe.activation == "swiglu":
+            wi_edf = interleave(wi_edf, (wi_edf.shape[-1] // 2,) * 2)
+        over = "expert" if spread else None
+        out = run_local(
+            local,
+            (seen, TOKENS),
+            (ids, TOKENS),
+            (gates, TOKENS),
+            (wi_edf, P(over, None, "tensor")),
+            (wo_efd, P(over, "tensor", None)),
+            tokens=(b, t),
+            out=TOKENS,
+        )
         if moe.weightless:
             vectors = () if constants is None else (w.astype(dtype) for w in constants)
             out = out + weightless_output(
@@ -208,12 +257,30 @@ class MoE(nn.Module):
 
     def _run_shared(self, plan: RoutingPlan | SoftPlan, shared: ExpertWeights, x_btd):
         wi_edf, wo_efd = (weight.astype(x_btd.dtype) for weight in shared)
-        hidden = jnp.einsum("btd,edf->btef", x_btd, wi_edf)
-        hidden = activate(hidden, self.config.moe.activation)
-        if isinstance(plan, RoutingPlan) and plan.shared_weights is not None:
-            weights = plan.shared_weights.reshape(*hidden.shape[:3], 1)
-            hidden = hidden * weights.astype(hidden.dtype)
-        return jnp.einsum("btef,efd->btd", hidden, wo_efd)
+        activation = self.config.moe.activation
+        if activation == "swiglu":
+            wi_edf = interleave(wi_edf, (wi_edf.shape[-1] // 2,) * 2)
+        competing = isinstance(plan, RoutingPlan) and plan.shared_weights is not None
+        b, t = x_btd.shape[:2]
+
+        def local(x_btd, weights, wi_edf, wo_efd):
+            hidden = activate(jnp.einsum("btd,edf->btef", x_btd, wi_edf), activation)
+            if competing:
+                hidden = hidden * weights[..., None].astype(hidden.dtype)
+            return tensor_sum(jnp.einsum("btef,efd->btd", hidden, wo_efd))
+
+        weights = plan.shared_weights.reshape(b, t, -1) if competing else ()
+        if axis_size("tensor") == 1:
+            return local(x_btd, weights, wi_edf, wo_efd)
+        return run_local(
+            local,
+            (x_btd, TOKENS),
+            (weights, TOKENS),
+            (wi_edf, COLUMNS),
+            (wo_efd, INNER),
+            tokens=(b, t),
+            out=TOKENS,
+        )
 
 
 class Routing(nn.Module):

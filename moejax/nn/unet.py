@@ -43,10 +43,10 @@ class UNet(nn.Module):
     def setup(self):
         dtype, width = self.param_dtype, self.width
         tile = self.factor**2 * width
-        self.conv_in = _Conv(width, dtype, (None, axes.MLP))
+        self.conv_in = _Conv(width, dtype, (None, axes.CHANNELS))
         self.down_blocks = [ResidualBlock(width, dtype) for _ in range(self.blocks)]
-        self.to_tokens = _Conv(self.d_model, dtype, (axes.MLP, axes.EMBED), kernel=1)
-        self.from_tokens = _Conv(tile, dtype, (axes.EMBED, axes.MLP), kernel=1)
+        self.to_tokens = _Conv(self.d_model, dtype, (axes.CHANNELS, axes.EMBED), kernel=1)
+        self.from_tokens = _Conv(tile, dtype, (axes.EMBED, axes.CHANNELS), kernel=1)
         self.up_blocks = [ResidualBlock(width, dtype) for _ in range(self.blocks)]
         self.norm_out = _Norm(dtype)
         names = (axes.EMBED, None)
@@ -87,7 +87,7 @@ class ResidualBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, time: jax.Array) -> jax.Array:
         """[n, rows, cols, d] and [n, c] -> [n, rows, cols, width], in the dtype of ``x``."""
-        dtype, inner = self.param_dtype, (axes.EMBED, axes.MLP)
+        dtype, inner = self.param_dtype, (axes.EMBED, axes.CHANNELS)
         hidden = _Conv(self.width, dtype, inner, name="conv_1")(nn.silu(_Norm(dtype)(x)))
         time_cf = self.param(
             "time_cf",

@@ -1,6 +1,8 @@
 """The device mesh of a config."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -8,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.axes import BATCH_AXES, MESH_AXES
-from moejax.config.schema import Config, MeshConfig
+from moejax.config.schema import Config, DecoderConfig, MeshConfig
 from moejax.errors import UserError
 
 
@@ -41,9 +43,6 @@ def check_mesh(config: Config, device_count: int) -> tuple[int, ...]:
     """The mesh shape, after checking that batch and model divide over it (UserError if not)."""
     shape = mesh_shape(config.mesh, device_count)
     sizes = dict(zip(MESH_AXES, shape, strict=True))
-    for name in ("tensor", "sequence"):
-        if sizes[name] > 1:
-            raise UserError(f"mesh.{name}={sizes[name]}: no model shards this axis yet; use 1")
     shards = math.prod(sizes[name] for name in BATCH_AXES)
     rows = config.data.batch_size // config.optim.accumulation_steps
     if rows % shards:
@@ -53,22 +52,39 @@ def check_mesh(config: Config, device_count: int) -> tuple[int, ...]:
             f"data.batch_size={config.data.batch_size}{each}: {rows} rows do not divide over "
             f"{shards} devices (mesh.data x mesh.fsdp x mesh.expert)"
         )
-    width = getattr(config.model, "d_model", None)
-    if width is not None and width % sizes["fsdp"]:
-        raise UserError(f"mesh.fsdp={sizes['fsdp']}: does not divide model.d_model={width}")
-    for experts in _expert_counts(config.model):
-        if experts % sizes["expert"]:
+    for axis in ("tensor", "sequence"):
+        if sizes[axis] > 1 and not isinstance(config.model, DecoderConfig):
             raise UserError(
-                f"mesh.expert={sizes['expert']}: does not divide model.moe.num_experts={experts}"
+                f"mesh.{axis}={sizes[axis]}: the model {config.model.name!r} does not split this "
+                "axis; use 1"
             )
+    for axis, field, size in _split_sizes(config):
+        if size % sizes[axis]:
+            raise UserError(f"mesh.{axis}={sizes[axis]}: does not divide {field}={size}")
     return shape
 
 
-def _expert_counts(model: Any) -> set[int]:
-    """Experts with weights in each kind of block that has some."""
-    if getattr(model, "moe", None) is None:
-        return set()
-    return {model.for_block(kind)[1].moe.pool for kind in model.block_kinds()} - {0}
+def _split_sizes(config: Config) -> Iterator[tuple[str, str, int]]:
+    """(mesh axis, field, size) of whatever an axis splits and has to divide."""
+    model = config.model
+    if not isinstance(model, DecoderConfig):
+        return
+    yield "sequence", "data.sequence_length", config.data.sequence_length
+    yield "fsdp", "model.d_model", model.d_model
+    yield "tensor", "model.vocab_size", model.vocab_size
+    yield "tensor", "model.num_heads", model.num_heads
+    yield "tensor", "model.num_kv_heads", model.kv_heads
+    for width in model.ffn_hidden:
+        yield "tensor", "model.ffn_hidden", width
+    kinds = [model.for_block(kind)[1].moe for kind in model.block_kinds()]
+    for moe in kinds:
+        if not moe.pool:
+            continue
+        yield "expert", "model.moe.num_experts", moe.pool
+        yield "tensor", "model.moe.hidden", moe.hidden or max(model.ffn_hidden)
+        if moe.shared_hidden:
+            each = moe.shared_hidden // max(1, moe.shared_competing)
+            yield "tensor", "model.moe.shared_hidden", each
 
 
 def make_mesh(config: MeshConfig, devices=None) -> Mesh:
@@ -89,3 +105,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
+
+
+def mesh_of(params: Any) -> contextlib.AbstractContextManager:
+    """Sets the mesh that parameters lie on; does nothing where they lie on one device."""
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
+            return jax.set_mesh(sharding.mesh)
+    return contextlib.nullcontext()

@@ -12,16 +12,19 @@ RULES: dict[str, str | None] = {
     axes.LAYERS: None,
     # Towers are few (2 or 3) and each device holds tokens of all of them.
     axes.MODALITY: None,
-    # Each device keeps a part of the experts, and gathers the others before use.
+    # Each device keeps a part of the experts; model.moe.exchange says how tokens meet the others.
     axes.EXPERT: "expert",
     # All tokens meet shared experts, and the others of this kind are vectors.
     axes.LOCAL_EXPERT: None,
     # The one axis that every weight has: sharded for memory, gathered before use.
     axes.EMBED: "fsdp",
-    axes.MLP: None,
-    axes.HEADS: None,
+    # A layer's hidden units, heads or words, each computed where its weights are.
+    axes.MLP: "tensor",
+    axes.HEADS: "tensor",
+    axes.VOCABULARY: "tensor",
     axes.HEAD_SIZE: None,
-    axes.VOCABULARY: None,
+    # Convolutions are small, and their channels differ from layer to layer.
+    axes.CHANNELS: None,
 }
 
 

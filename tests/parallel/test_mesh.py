@@ -1,6 +1,8 @@
 """Meshes: shapes and refusals; eight simulated devices compute what one does."""
 
 import dataclasses
+import functools
+import math
 
 import jax
 import numpy as np
@@ -29,7 +31,7 @@ from moejax.parallel.rules import state_shardings
 UNTIED = UntieConfig(qkv=True, out=True, ffn=True, norms=True, final_norm=True)
 MODEL = DecoderConfig(
     vocab_size=64,
-    num_layers=2,
+    num_layers=1,
     d_model=32,
     num_heads=4,
     ffn_hidden=(48,),
@@ -44,7 +46,7 @@ MOE = {
         MODEL,
         block_pattern=("moe",),
         moe=MoEConfig(
-            num_experts=4,
+            num_experts=8,
             hidden=16,
             shared_hidden=8,
             balance=BalanceConfig("sign"),
@@ -55,9 +57,19 @@ MOE = {
     "expert_choice": dataclasses.replace(
         MODEL,
         block_pattern=("moe",),
-        moe=MoEConfig(num_experts=4, hidden=16, router=CHOSEN_BY_EXPERTS, routing_group=0),
+        moe=MoEConfig(num_experts=8, hidden=16, router=CHOSEN_BY_EXPERTS, routing_group=0),
     ),
 }
+
+
+# MoMa: each modality has experts of its own, which choose their tokens.
+MOE["moma"] = dataclasses.replace(
+    MOE["expert_choice"],
+    moe=dataclasses.replace(
+        MOE["expert_choice"].moe, allowed=((0, 1, 2, 3), (4, 5, 6, 7)), causal_router=True
+    ),
+)
+KINDS = {"mot": MODEL, **MOE}
 
 
 def test_minus_one_takes_the_devices_that_are_left():
@@ -72,12 +84,20 @@ def test_minus_one_takes_the_devices_that_are_left():
         ({"data": -1, "fsdp": 3}, {}, "mesh.data=-1: the other axes need 3 devices"),
         ({"data": 1}, {}, "mesh: makes 1 device"),
         ({"data": -1}, {"accumulation_steps": 2}, "data.batch_size=8 / .*=2: 4 rows do not divide"),
-        ({"data": 4, "tensor": 2}, {}, "mesh.tensor=2: no model shards"),
+        ({"data": 1, "tensor": 8}, {}, "mesh.tensor=8: does not divide model.num_heads=4"),
+        (
+            {"data": 1, "sequence": 8},
+            {},
+            "mesh.sequence=8: does not divide data.sequence_length=12",
+        ),
     ],
 )
 def test_a_mesh_that_does_not_divide_names_the_field(mesh, optim, message):
     config = Config(
-        model=MODEL, mesh=MeshConfig(**mesh), optim=OptimConfig(**optim), data=DataConfig()
+        model=MODEL,
+        mesh=MeshConfig(**mesh),
+        optim=OptimConfig(**optim),
+        data=DataConfig(sequence_length=12),
     )
     with pytest.raises(UserError, match=message):
         check_mesh(config, 8)
@@ -129,25 +149,90 @@ def gradients_on(config: DecoderConfig, mesh_config: MeshConfig, devices):
         return float(value), jax.device_get(gradients), params
 
 
-@pytest.mark.parametrize("kind", ["mot", *MOE])
-def test_eight_devices_equal_one(kind):
-    config = MOE.get(kind, MODEL)
-    value, gradients, _ = gradients_on(config, MeshConfig(data=1), jax.devices()[:1])
-    meshes = [MeshConfig(data=2, fsdp=2, expert=2)]
-    if kind == "mot":
-        meshes.append(MeshConfig(data=8))
-    for mesh in meshes:
-        other_value, other, params = gradients_on(config, mesh, jax.devices())
-        assert other_value == pytest.approx(value, rel=1e-12)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), gradients, other
-        )
-        block = params["stack"]["segment_0"]["block_0"]
-        if kind == "mot":
-            wi, shards = block["ffn"]["wi_mdf"], mesh.fsdp
-        else:
-            wi, shards = block["moe"]["experts"]["wi_edf"], mesh.fsdp * mesh.expert
-        assert wi.addressable_shards[0].data.size == wi.size // shards
+MESHES = {
+    "data": MeshConfig(data=8),
+    "fsdp x expert": MeshConfig(data=1, fsdp=2, expert=4),
+    "data x expert x tensor": MeshConfig(data=2, expert=2, tensor=2),
+    "expert": MeshConfig(data=1, expert=8),
+    "data x sequence": MeshConfig(data=4, sequence=2),
+    "fsdp x tensor x sequence": MeshConfig(data=1, fsdp=2, tensor=2, sequence=2),
+}
+# What each axis splits of the parameters that are compared below.
+SPLIT_BY = {"mot": ("fsdp", "tensor"), "moe": ("fsdp", "expert", "tensor")}
+
+
+@functools.cache
+def on_one_device(kind):
+    return gradients_on(KINDS[kind], MeshConfig(data=1), jax.devices()[:1])[:2]
+
+
+def check_equal_to_one_device(kind, mesh, **moe):
+    value, gradients = on_one_device(kind)
+    config = KINDS[kind]
+    if moe:
+        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, **moe))
+    other_value, other, params = gradients_on(config, mesh, jax.devices())
+    assert other_value == pytest.approx(value, rel=1e-12)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), gradients, other
+    )
+    block = params["stack"]["segment_0"]["block_0"]
+    if config.moe.num_experts:
+        wi, split_by = block["moe"]["experts"]["wi_edf"], SPLIT_BY["moe"]
+    else:
+        wi, split_by = block["ffn"]["wi_mdf"], SPLIT_BY["mot"]
+    shards = math.prod(getattr(mesh, axis) for axis in split_by)
+    assert wi.addressable_shards[0].data.size == wi.size // shards
+
+
+@pytest.mark.parametrize(
+    "kind, mesh, moe",
+    [
+        ("mot", "fsdp x tensor x sequence", {}),
+        ("top_k", "data x expert x tensor", {"exchange": "ring", "exchange_chunks": 2}),
+        ("expert_choice", "data x sequence", {}),
+    ],
+)
+def test_eight_devices_equal_one(kind, mesh, moe):
+    check_equal_to_one_device(kind, MESHES[mesh], **moe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_mesh_and_exchange_equals_one_device(kind, mesh):
+    exchanges = ("fsdp", "ring", "all_to_all", "ragged")
+    if not KINDS[kind].moe.num_experts:
+        check_equal_to_one_device(kind, MESHES[mesh])
+    elif MESHES[mesh].expert == 1:
+        check_equal_to_one_device(kind, MESHES[mesh], exchange="auto")
+    else:
+        for exchange in exchanges:
+            check_equal_to_one_device(kind, MESHES[mesh], exchange=exchange)
+
+
+def test_decoding_on_a_mesh_equals_decoding_on_one_device():
+    """One row, then one token: what does not divide over an axis lies whole on it."""
+    config = KINDS["top_k"]
+    model = build_decoder(config)
+    batch = {name: x[:1] for name, x in batch_of().items()}
+    rest = {name: x[:, 8:9] for name, x in batch.items()}
+    first = {name: x[:, :8] for name, x in batch.items()}
+
+    def last_logits(params):
+        rows = model.apply({"params": params}, first).rows
+        cached = np.full((1,), 8, np.int32)
+        return model.apply({"params": params}, rest, cache=rows, cached_b=cached).logits
+
+    with jax.enable_x64(True):
+        boxed = jax.jit(model.init)(jax.random.key(0), batch)["params"]
+        params = meta.unbox(boxed)
+        expected = jax.jit(last_logits)(params)
+        mesh = make_mesh(MESHES["data x expert x tensor"])
+        with jax.set_mesh(mesh):
+            spread = jax.device_put(params, state_shardings(mesh, boxed))
+            got = jax.jit(last_logits)(spread)
+    np.testing.assert_allclose(got, expected, rtol=1e-10)
 
 
 def test_experts_have_to_divide_over_their_devices():
