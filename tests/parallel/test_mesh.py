@@ -5,6 +5,7 @@ import functools
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
@@ -221,7 +222,7 @@ def test_decoding_on_a_mesh_equals_decoding_on_one_device():
 
     def last_logits(params):
         rows = model.apply({"params": params}, first).rows
-        cached = np.full((1,), 8, np.int32)
+        cached = jnp.full((1,), 8, jnp.int32)
         return model.apply({"params": params}, rest, cache=rows, cached_b=cached).logits
 
     with jax.enable_x64(True):
