@@ -91,6 +91,8 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     qk_norm: str = "rms"
     rope_theta: float = 10_000.0
+    # Queries that attention handles at a time, for long rows; 0: all.
+    attention_block: int = 0
     dropout: float = 0.0
     tie_embeddings: bool = False
     dtype: str = "float32"
@@ -120,6 +122,7 @@ class DecoderConfig:
             "different widths need model.untie.ffn=True",
         )
         require(self.num_kv_heads >= 0, "model.num_kv_heads", "must not be negative")
+        require(self.attention_block >= 0, "model.attention_block", "must not be negative")
         require(
             self.num_heads % self.kv_heads == 0,
             "model.num_kv_heads",

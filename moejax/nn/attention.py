@@ -1,5 +1,6 @@
 """Self-attention over all modalities with projections shared or per modality."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -82,7 +83,7 @@ class Attention(nn.Module):
             v = jnp.concatenate([cache["v"].astype(v.dtype), v], axis=1)
         # A device's own queries meet the keys and values of the whole sequence.
         heads = run_local(
-            attend,
+            functools.partial(attend, block=cfg.attention_block),
             (q, FEATURES),
             (k, ROW_FEATURES),
             (v, ROW_FEATURES),

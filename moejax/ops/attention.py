@@ -42,12 +42,26 @@ def attend(
     k_bsgh: Float[Array, "b s g h"],
     v_bsgh: Float[Array, "b s g h"],
     mask_bts: Bool[Array, "b t s"],
+    block: int = 0,
 ) -> Float[Array, "b t n h"]:
     """Softmax attention with grouped queries; n / g queries share a key/value head.
 
     Logits and softmax in float32 or wider. A token that may look at nothing (padding) gets the
     mean of all values: finite, and nobody reads it.
+
+    With a ``block`` that divides t, so many queries at a time: logits are held for one block only,
+    and computed again in the backward pass.
     """
+    b, t, n, h = q_btnh.shape
+    if not block or block >= t or t % block:
+        return _attend(q_btnh, k_bsgh, v_bsgh, mask_bts)
+    blocks = lambda x: x.reshape(b, t // block, block, *x.shape[2:]).swapaxes(0, 1)
+    one = jax.checkpoint(lambda qm: _attend(qm[0], k_bsgh, v_bsgh, qm[1]), prevent_cse=False)
+    out = jax.lax.map(one, (blocks(q_btnh), blocks(mask_bts)))
+    return out.swapaxes(0, 1).reshape(b, t, n, h)
+
+
+def _attend(q_btnh, k_bsgh, v_bsgh, mask_bts):
     b, t, n, h = q_btnh.shape
     s, g = k_bsgh.shape[1:3]
     wide = jnp.promote_types(q_btnh.dtype, jnp.float32)

@@ -1,5 +1,7 @@
 """Norms, RoPE, masks and attention against their definitions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,3 +104,19 @@ def test_permutation_gradient_is_a_gather():
     loss = lambda x: (permute_rows(x, order, inverse) * cotangent).sum()
     np.testing.assert_array_equal(jax.grad(loss)(x), cotangent[inverse])
     assert "scatter" not in str(jax.make_jaxpr(jax.grad(loss))(x))
+
+
+def test_attention_in_blocks_of_queries_is_the_same():
+    q, k, v = normal(0, 2, 6, 4, 8), normal(1, 2, 6, 2, 8), normal(2, 2, 6, 2, 8)
+    mask = multimodal_mask(jnp.array([[1, 1, 1, 2, 2, 0]] * 2))
+    cotangent = normal(3, 2, 6, 4, 8)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(block):
+        out, pullback = jax.vjp(lambda *qkv: attend(*qkv, mask, block), q, k, v)
+        return out, pullback(cotangent)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(2), run(0)
+    )
+    assert "scan" in str(jax.make_jaxpr(lambda q: attend(q, k, v, mask, 2))(q))
