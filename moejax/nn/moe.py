@@ -126,7 +126,7 @@ class MoE(nn.Module):
             if isinstance(plan, SoftPlan):
                 out = self._run_soft(plan, weights, x_btd)
             else:
-                out = self._run(plan, weights, constants, x_btd, ctx)
+                out, plan = self._run(plan, weights, constants, x_btd, ctx)
             if shared is not None:
                 out = out + self._run_shared(plan, shared, x_btd)
             aux[name] = routing_aux(moe, plan, inputs, ctx)
@@ -223,17 +223,18 @@ class MoE(nn.Module):
             tokens = Tokens(x.reshape(-1, d), *(a.reshape(-1, a.shape[-1]) for a in (ids, gates)))
             chunks = math.gcd(moe.exchange_chunks if spread else 1, tokens.x_td.shape[0])
             parts = zip(*(jnp.split(a, chunks) for a in tokens), strict=True)
-            out = [
+            done = [
                 exchange(way, run, Tokens(*part), wi.shape[0], moe.exchange_buffer)
                 for part in parts
             ]
-            return tensor_sum(jnp.concatenate(out).reshape(x.shape))
+            out, run_ids = (jnp.concatenate(some) for some in zip(*done, strict=True))
+            return tensor_sum(out.reshape(x.shape)), run_ids.reshape(ids.shape)
 
         wi_edf, wo_efd = (w.astype(dtype) for w in weights)
         if moe.activation == "swiglu":
             wi_edf = interleave(wi_edf, (wi_edf.shape[-1] // 2,) * 2)
         over = "expert" if spread else None
-        out = run_local(
+        out, run_ids = run_local(
             local,
             (seen, TOKENS),
             (ids, TOKENS),
@@ -253,7 +254,9 @@ class MoE(nn.Module):
                 moe.copy_experts,
                 *vectors,
             )
-        return out
+        # Choices that were lost on the way count as dropped.
+        run = plan.replace(expert_ids=run_ids.reshape(plan.expert_ids.shape))
+        return out, run.replace(chosen_ids=plan.chosen()) if moe.exchange_buffer else plan
 
     def _run_shared(self, plan: RoutingPlan | SoftPlan, shared: ExpertWeights, x_btd):
         wi_edf, wo_efd = (weight.astype(x_btd.dtype) for weight in shared)

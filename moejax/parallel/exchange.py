@@ -80,8 +80,10 @@ def exchange(
     tokens: Tokens,
     num_local: int,
     buffer: float = 0.0,
-) -> Float[Array, "t d"]:
-    """``sum_k gates * E_{ids}(x)`` for the tokens of this device.
+) -> tuple[Float[Array, "t d"], Int[Array, "t k"]]:
+    """``sum_k gates * E_{ids}(x)`` for the tokens of this device, and the ids that were run.
+
+    They are ``tokens.ids``, with -1 for choices that were lost for want of room in a buffer.
 
     Args:
       name: ``fsdp``: the weights of all experts are here, nothing travels. ``replicated``: each
@@ -92,27 +94,36 @@ def exchange(
       run: the experts that lie here, see above.
       tokens: of this device.
       num_local: experts of each device.
-      buffer: rows of a buffer of ``all_to_all``, and of what ``ragged`` receives, over the even
-        share ``t * min(k, experts) / experts``; tokens that do not fit lose those experts, the
-        last first. 0 holds whatever comes.
+      buffer: rows of a buffer of ``all_to_all``, and of what ``ragged`` receives from one device
+        on average, over the even share ``t * min(k, devices) / devices``; tokens that do not fit
+        lose the experts there, the last first. 0 holds whatever comes.
 
     Raises:
       ValueError: no such exchange.
     """
     if name == "fsdp":
-        return run(tokens)
+        return run(tokens), tokens.ids
     if name not in EXCHANGES:
         raise ValueError(f"no exchange {name!r}: {', '.join(EXCHANGES)}")
     first = lax.axis_index(AXIS) * num_local
     if name == "replicated":
         own = tokens._replace(ids=local_ids(tokens.ids, first, num_local))
-        return _sum(lax.psum, run(own))
+        return _sum(lax.psum, run(own)), tokens.ids
     if name == "ring":
         everyone = Tokens(*(lax.all_gather(x, AXIS, tiled=True) for x in tokens))
         own = everyone._replace(ids=local_ids(everyone.ids, first, num_local))
-        return _sum(functools.partial(lax.psum_scatter, tiled=True), run(own))
+        return _sum(functools.partial(lax.psum_scatter, tiled=True), run(own)), tokens.ids
     send = _all_to_all if name == "all_to_all" else _ragged
-    return send(run, tokens, first, num_local, buffer)
+    out_td, arrived_ts = send(run, tokens, first, num_local, buffer)
+    return out_td, _without_lost(tokens.ids, arrived_ts, num_local)
+
+
+def _without_lost(ids: Array, arrived_ts: Array, num_local: int) -> Array:
+    """-1 for choices of a device where the token did not arrive."""
+    devices = arrived_ts.shape[1]
+    device = ids // num_local
+    away = ~jnp.take_along_axis(arrived_ts, jnp.clip(device, 0, devices - 1), axis=1)
+    return jnp.where(away & (device >= 0) & (device < devices), -1, ids)
 
 
 def local_ids(ids: Array, first: Array, num_local: int) -> Array:
@@ -181,7 +192,7 @@ def _all_to_all(run, tokens: Tokens, first, num_local: int, buffer: float):
     swap = lambda rows: lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=0, tiled=True)
     x, ids, gates = map(swap, _packed(tokens, plan))
     out = run(Tokens(x, local_ids(ids, first, num_local), gates))
-    return combine_rows(swap(out), plan.token, plan.row)
+    return combine_rows(swap(out), plan.token, plan.row), plan.row < plan.token.shape[0]
 
 
 def _ragged(run, tokens: Tokens, first, num_local: int, buffer: float):
@@ -199,7 +210,8 @@ def _ragged(run, tokens: Tokens, first, num_local: int, buffer: float):
     ids = ragged_exchange(ids + 1, received, route) - 1
     out = run(Tokens(x, local_ids(ids, first, num_local), gates))
     back = ragged_exchange(out, plan.token.shape[0], route.reverse())
-    return combine_rows(back, plan.token, plan.row)
+    place = plan.row - route.input_offsets[None]
+    return combine_rows(back, plan.token, plan.row), place < route.send_sizes[None]
 
 
 def _first_rows(plan: Journeys, rows: int) -> Journeys:

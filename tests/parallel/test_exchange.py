@@ -60,8 +60,10 @@ def exchanged(name, buffer):
 
     @jax.jit
     def run(x, ids, gates, wi, wo, cotangent):
-        out, pullback = jax.vjp(lambda *some: mapped(some[0], ids, *some[1:]), x, gates, wi, wo)
-        return out, pullback(cotangent)
+        out, pullback, run_ids = jax.vjp(
+            lambda *some: mapped(some[0], ids, *some[1:]), x, gates, wi, wo, has_aux=True
+        )
+        return run_ids, out, pullback(cotangent)
 
     return run
 
@@ -72,7 +74,8 @@ def test_every_exchange_gives_the_sums_of_the_experts_and_their_gradients(name):
         for kind in ("uniform", "one", "few"):
             x, ids, gates, wi, wo = operands(kind)
             cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((T, D)))
-            ours = exchanged(name, 0.0)(x, ids, gates, wi, wo, cotangent)
+            run_ids, *ours = exchanged(name, 0.0)(x, ids, gates, wi, wo, cotangent)
+            np.testing.assert_array_equal(run_ids, ids)
             of_ids = functools.partial(dense, ids=ids)
             out, pullback = jax.vjp(
                 lambda x, gates, wi, wo, of_ids=of_ids: of_ids(x, gates=gates, wi=wi, wo=wo),
@@ -80,7 +83,7 @@ def test_every_exchange_gives_the_sums_of_the_experts_and_their_gradients(name):
             )
             jax.tree.map(
                 lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12),
-                ours,
+                tuple(ours),
                 (out, pullback(cotangent)),
             )
 
@@ -116,7 +119,10 @@ def test_what_does_not_fit_a_buffer_adds_nothing(name):
         places = places_for(T // DEVICES, K, DEVICES, 0.5)
         kept = kept_by_buffers(name, np.asarray(ids), places)
         assert 0 < kept.sum() < kept.size
-        out, (dx, dgates, *_) = exchanged(name, 0.5)(x, ids, gates, wi, wo, jnp.ones((T, D)))
+        run_ids, out, (dx, dgates, *_) = exchanged(name, 0.5)(
+            x, ids, gates, wi, wo, jnp.ones((T, D))
+        )
+        np.testing.assert_array_equal(run_ids, np.where(kept, ids, -1))
         expected = dense(x, jnp.where(kept, ids, -1), gates, wi, wo)
         np.testing.assert_allclose(out, expected, rtol=1e-10, atol=1e-12)
         assert not np.asarray(dgates)[~kept].any()
