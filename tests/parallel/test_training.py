@@ -1,0 +1,107 @@
+"""Five optimizer steps of published models on eight devices are those of one, whatever the mesh."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.config import load_config
+from moejax.parallel.mesh import batch_sharding
+from moejax.train.setup import prepare_model
+from moejax.train.step import make_train_step
+
+STEPS = 5
+NARROW = {
+    "model.dtype": "float64",
+    "model.vocab_size": 64,
+    "model.d_model": 32,
+    "model.num_heads": 4,
+    "model.num_kv_heads": 0,
+    "model.num_layers": 2,
+    "model.ffn_hidden": (32,),
+    "data.batch_size": 8,
+    "data.sequence_length": 12,
+    "optim.learning_rate": 1e-3,
+}
+EXPERTS = {"model.moe.num_experts": 8, "model.moe.hidden": 16}
+CHOICE = {"model.moe.allowed": ((0, 1, 2, 3), (4, 5, 6, 7)), "model.moe.hidden": 16}
+MODELS = {
+    "mot": ("mot", {}),
+    "transfusion": ("quickstart:transfusion", {"model.latents.adapter": "linear"}),
+    "moma": ("moma:4t4i", CHOICE),
+    # Its bias is moved by the counts of the whole batch.
+    "deepseek_v3": ("deepseek_v3", {**EXPERTS, "model.moe.shared_hidden": 16}),
+    "expert_choice": ("expert_choice", EXPERTS),
+}
+MESHES = {
+    "data": {"data": 8},
+    "fsdp x expert": {"data": 1, "fsdp": 2, "expert": 4},
+    "data x expert x tensor": {"data": 2, "expert": 2, "tensor": 2},
+    "expert": {"data": 1, "expert": 8},
+    "data x sequence": {"data": 4, "sequence": 2},
+}
+
+
+def batch_of(config, step):
+    """Rows whose devices differ in how much of each modality they hold, some of it padding."""
+    rng = np.random.default_rng(step)
+    rows, length = config.data.batch_size, config.data.sequence_length
+    share = np.linspace(0, 0.9, rows)[:, None]
+    modality = (rng.random((rows, length)) < share).astype(np.int32)
+    ids = lambda: rng.integers(16, config.model.vocab_size, (rows, length)).astype(np.int32)
+    segments = np.ones((rows, length), np.int32)
+    segments[::3, -2:] = 0
+    batch = {
+        "tokens": ids(),
+        "targets": ids(),
+        "modality": modality,
+        "segments": segments,
+        "positions": np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+        "weights": (segments * (rng.random((rows, length)) < 0.8)).astype(np.float32),
+    }
+    if config.model.latents.channels:
+        image_id = np.zeros((rows, length), np.int32)
+        image_id[:, 4:8] = 1
+        latents = rng.standard_normal((rows, length, config.model.latents.size))
+        batch |= {
+            "image_id": image_id,
+            "modality": (image_id > 0).astype(np.int32),
+            "latents": latents.astype(np.float32),
+        }
+    return batch
+
+
+def losses(model, mesh, devices):
+    name, overrides = MODELS[model]
+    mesh = {f"mesh.{axis}": size for axis, size in mesh.items()}
+    with jax.enable_x64(True):
+        config = load_config(name, {**NARROW, **overrides, **mesh})
+        setup = prepare_model(config, devices)
+        optimizer, shardings = setup.recipe.optimizer, setup.recipe.shardings
+        step = make_train_step(
+            setup.model, setup.objective, config, optimizer, setup.mesh, shardings
+        )
+        values = []
+        with jax.set_mesh(setup.mesh):
+            state = setup.recipe.create()
+            for i in range(STEPS):
+                batch = jax.device_put(batch_of(config, i), batch_sharding(setup.mesh))
+                state, metrics = step(state, batch)
+                values.append(float(metrics.losses.total()))
+    return values
+
+
+@functools.cache
+def losses_on_one_device(model):
+    return losses(model, {"data": 1}, jax.devices()[:1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("model", MODELS)
+def test_five_steps_on_eight_devices_are_those_of_one(model, mesh):
+    expected = losses_on_one_device(model)
+    assert len(set(expected)) == STEPS
+    got = losses(model, MESHES[mesh], jax.devices())
+    np.testing.assert_allclose(got, expected, rtol=1e-8)
