@@ -12,11 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moejax.config.checks import refuse_url
 from moejax.config.convert import freeze
 from moejax.config.load import load_config
 from moejax.config.packages import import_packages, import_recorded
 from moejax.config.schema import Config
 from moejax.errors import UserError, did_you_mean
+
+
+# Exit code of what a signal stopped: a script should not go on to its next line, and a cluster
+# should start it again.
+STOPPED = 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,6 +51,8 @@ class Parser(argparse.ArgumentParser):
         args.overrides = overrides
         if overrides and not hasattr(args, "config"):
             raise UserError(f"{self.command}: takes no --config.{overrides[0]}")
+        if self.get_default("local_workdir"):
+            refuse_url(args.workdir)
         import_packages(args.imports)
         return args
 
@@ -86,6 +94,7 @@ def command_parser(
         parser.add_argument(
             "--workdir", metavar="DIR", help="folder of the run (default: runs/<config>)"
         )
+        parser.set_defaults(local_workdir=True)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document on stdout, nothing else"
     )
