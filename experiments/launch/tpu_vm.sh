@@ -44,7 +44,7 @@ END
 # On every host; jax finds the other hosts by the metadata of the slice.
 TRAIN="$(
   cat <<'END'
-cd ~/moejax_source
+cd ~/moejax_source || exit
 PATH="$HOME/moejax_venv/bin:$PATH"
 status=0
 @{command} || status=$?

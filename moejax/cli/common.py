@@ -19,7 +19,6 @@ from moejax.config.packages import import_packages, import_recorded
 from moejax.config.schema import Config
 from moejax.errors import UserError, did_you_mean
 
-
 # Exit code of what a signal stopped: a script should not go on to its next line, and a cluster
 # should start it again.
 STOPPED = 130
@@ -51,8 +50,6 @@ class Parser(argparse.ArgumentParser):
         args.overrides = overrides
         if overrides and not hasattr(args, "config"):
             raise UserError(f"{self.command}: takes no --config.{overrides[0]}")
-        if self.get_default("local_workdir"):
-            refuse_url(args.workdir)
         import_packages(args.imports)
         return args
 
@@ -92,9 +89,11 @@ def command_parser(
         )
     if workdir:
         parser.add_argument(
-            "--workdir", metavar="DIR", help="folder of the run (default: runs/<config>)"
+            "--workdir",
+            metavar="DIR",
+            type=_folder,
+            help="folder of the run (default: runs/<config>)",
         )
-        parser.set_defaults(local_workdir=True)
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document on stdout, nothing else"
     )
@@ -108,6 +107,11 @@ def command_parser(
         "run remembers its packages (docs/extend.md)",
     )
     return parser
+
+
+def _folder(text: str) -> str:
+    refuse_url(text)
+    return text
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

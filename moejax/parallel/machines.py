@@ -104,8 +104,8 @@ def parse_topology(text: str, nodes: int | None = None) -> Machines:
     hosts = nodes or math.ceil(count / GPUS_PER_HOST)
     if count % hosts or count // hosts > GPUS_PER_HOST:
         raise UserError(
-            f"{field}: {count} GPUs do not fill {hosts} nodes with the same number, at most "
-            f"{GPUS_PER_HOST}; change the number, or --nodes"
+            f"{field}: {count} GPUs make no {hosts} equal nodes of at most {GPUS_PER_HOST}; change "
+            "the number, or --nodes"
         )
     return Machines(kind, shape, hosts)
 
@@ -127,5 +127,5 @@ def _slice(kind: str, size: str, shape: tuple[int, ...], nodes: int | None, fiel
             )
         hosts = math.prod(shape) // 4
     if nodes not in (None, hosts):
-        raise UserError(f"--nodes {nodes}: {field[2:]} has {hosts} hosts; leave --nodes out")
+        raise UserError(f"--nodes {nodes}: {kind}:{size} has {hosts} hosts; leave --nodes out")
     return Machines(kind, shape, hosts)

@@ -15,8 +15,9 @@ def use_compilation_cache(folder: str) -> None:
     """Applies ``train.compilation_cache_dir`` to this process; call before anything is compiled.
 
     Args:
-      folder: a folder or a bucket (gs://BUCKET/FOLDER); "none" keeps no programs; "" leaves ``JAX_COMPILATION_CACHE_DIR`` as it is,
-        or without it takes a folder of moejax's own (:func:`default_folder`).
+      folder: a folder, or one of a bucket (gs://BUCKET/FOLDER); "none" keeps no programs; "" leaves
+        ``JAX_COMPILATION_CACHE_DIR`` as it is, or without it takes a folder of moejax's own
+        (:func:`default_folder`).
     """
     if folder == "none":
         jax.config.update("jax_compilation_cache_dir", None)
