@@ -28,8 +28,10 @@ fi
 if ! mountpoint -q /bucket; then
   sudo mkdir -p /bucket
   sudo chown "$USER" /bucket
-  # Every host must see at once what another one has written.
-  gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 @{bucket} /bucket
+  # Every host must see at once what another one has written, and a folder must be renamed at once
+  # or not at all (docs/cloud.md).
+  gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 \
+    --rename-dir-limit=0 @{bucket} /bucket
 fi
 rm -rf ~/moejax_source
 mkdir ~/moejax_source

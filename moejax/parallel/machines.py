@@ -100,7 +100,7 @@ def parse_topology(text: str, nodes: int | None = None) -> Machines:
         return _slice(kind, size, shape, nodes, field)
     if len(shape) > 1:
         raise UserError(f"{field}: write the number of GPUs, such as {kind}:16")
-    (count,) = shape
+    count = math.prod(shape)
     hosts = nodes or math.ceil(count / GPUS_PER_HOST)
     if count % hosts or count // hosts > GPUS_PER_HOST:
         raise UserError(

@@ -57,6 +57,7 @@ def test_overrides_reach_the_config_in_any_order():
         (["--workdi", "x"], r"no flag '--workdi'; did you mean '--workdir'\?"),
         (["--train.steps=3"], "no flag '--train.steps'.*--config.train.steps=3"),
         (["stray"], "unexpected argument 'stray'"),
+        (["--workdir", "gs://b/run"], r"--workdir gs://b/run: is no folder; mount the bucket"),
         (["--config"], "expected one argument"),
     ],
 )
