@@ -90,13 +90,13 @@ TARGETS = {
 }
 # Flags that only some targets have -> what they hold, and what it must look like.
 _OWN = {
-    "image": ("the container image that has moejax", r"[A-Za-z0-9][A-Za-z0-9_.:/@-]*"),
+    "image": ("a container image, one that has moejax", r"[A-Za-z0-9][A-Za-z0-9_.:/@-]*"),
     "service_account": (
-        "of Kubernetes, with access to the bucket",
+        "a service account of Kubernetes that may write to the bucket",
         r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?",
     ),
-    "zone": ("of Google Cloud, such as us-east5-a", r"[a-z]+-[a-z]+\d+-[a-z]"),
-    "package": ("what pip installs on the hosts, in the copied folder", r".+"),
+    "zone": ("a zone of Google Cloud, such as us-east5-a", r"[a-z]+-[a-z]+\d+-[a-z]"),
+    "package": ("what pip is to install on the hosts, in the copied folder", r".+"),
 }
 
 
@@ -117,7 +117,9 @@ def run(argv: Sequence[str]) -> int:
 
     check_mesh(config, machines.chips)
     name = args.name or re.sub(r"[^a-z0-9]+", "-", config.about.name.lower()).strip("-")
-    _check("--name", name, r"[a-z]([-a-z0-9]*[a-z0-9])?", "small letters, digits and -")
+    _check(
+        "--name", name, r"[a-z]([-a-z0-9]*[a-z0-9])?", "a DNS label: small letters, digits and -"
+    )
     if len(name) > _LONGEST_NAME:
         raise UserError(f"--name {name}: has more than {_LONGEST_NAME} characters")
     template = Path(args.template) if args.template else template_folder() / target.template
@@ -143,7 +145,8 @@ def run(argv: Sequence[str]) -> int:
     elif args.dry_run:
         print(text, end="")
     else:
-        print(f"{output}: {machines.chips} chips on {machines.hosts} hosts; start it with: {start}")
+        size = f"{machines.chips} chips on {machines.hosts} host{'s'[: machines.hosts > 1]}"
+        print(f"{output}: {size}; start it with: {start}")
     return 0
 
 
