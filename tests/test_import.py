@@ -22,7 +22,9 @@ def test_import_loads_neither_tensorflow_nor_torch():
     assert not modules & {"tensorflow", "torch", "clu", "tensorflow_datasets"}
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"], ["inspect", "--help"]])
+@pytest.mark.parametrize(
+    "argv", [["--help"], *([name, "--help"] for name in ("train", "inspect", "launch"))]
+)
 def test_help_does_not_import_jax(argv):
     code = (
         "import contextlib\n"

@@ -12,11 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moejax.config.checks import refuse_url
 from moejax.config.convert import freeze
 from moejax.config.load import load_config
 from moejax.config.packages import import_packages, import_recorded
 from moejax.config.schema import Config
 from moejax.errors import UserError, did_you_mean
+
+# Exit code of what a signal stopped: a script should not go on to its next line, and a cluster
+# should start it again.
+STOPPED = 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,7 +89,10 @@ def command_parser(
         )
     if workdir:
         parser.add_argument(
-            "--workdir", metavar="DIR", help="folder of the run (default: runs/<config>)"
+            "--workdir",
+            metavar="DIR",
+            type=_folder,
+            help="folder of the run (default: runs/<config>)",
         )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON document on stdout, nothing else"
@@ -99,6 +107,11 @@ def command_parser(
         "run remembers its packages (docs/extend.md)",
     )
     return parser
+
+
+def _folder(text: str) -> str:
+    refuse_url(text)
+    return text
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moejax.cli.common import command_parser, print_json
+from moejax.cli.common import STOPPED, command_parser, print_json
 from moejax.errors import UserError
 
 _DESCRIPTION = """Train several configs at equal training FLOPs and say, for each modality, what
@@ -21,8 +21,6 @@ kill -9, from the last checkpoint of that run; what is finished is not computed 
     moejax compare --configs mot --arm half=mot,model.num_layers=2 --budget flops=3e12"""
 
 
-# Exit code of what a signal stopped: a script should not go on to its next line.
-STOPPED = 130
 # File systems take 255 bytes.
 _LONGEST_NAME = 120
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from moejax.cli.common import command_parser, print_json
-from moejax.cli.compare import STOPPED, add_plan_flags, plan_from, run_plan
+from moejax.cli.common import STOPPED, command_parser, print_json
+from moejax.cli.compare import add_plan_flags, plan_from, run_plan
 from moejax.errors import UserError
 
 _DESCRIPTION = """Train one config at several widths, all at the same training FLOPs, and fit for

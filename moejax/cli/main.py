@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "several configs at equal training FLOPs, with intervals over seeds",
     "isoflop": "one config at several widths and equal FLOPs: best sizes and a scaling law",
     "prepare": "make a data set from public packages or a folder of pictures",
+    "launch": "the file that starts a run on a cluster or in a cloud",
     "list": "the configs, sources, blocks, objectives, ... that a config can name",
 }
 

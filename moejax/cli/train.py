@@ -7,16 +7,22 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moejax.cli.common import command_parser, config_from, default_workdir, print_json
+from moejax.cli.common import (
+    STOPPED,
+    command_parser,
+    config_from,
+    default_workdir,
+    print_json,
+)
 from moejax.errors import UserError
 
 
 def run(argv: Sequence[str]) -> int:
-    """Runs the command; exit code 0 when done or stopped by a signal, 1 if a run failed."""
+    """Runs the command; exit code 0 when done, 130 when a signal stopped it, 1 if a run failed."""
     parser = command_parser(
         "train",
         "Train a config. The same command goes on with a run that was stopped, also by kill -9; "
-        "SIGTERM or Ctrl-C saves first.",
+        "SIGTERM or Ctrl-C saves first, and the exit code is 130.",
     )
     parser.add_argument(
         "--sweep",
@@ -42,6 +48,7 @@ def run(argv: Sequence[str]) -> int:
     workdir = default_workdir(args, config)
 
     from moejax.train.loop import NonFiniteLoss, train
+    from moejax.train.sweep import is_finished
 
     # With --json stdout carries the document alone.
     aside = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
@@ -53,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
         return 1
     if args.json:
         print_json({"workdir": str(workdir), **values})
-    return 0
+    return 0 if is_finished(config, workdir) else STOPPED
 
 
 def _sweep(args: argparse.Namespace) -> int:

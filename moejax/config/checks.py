@@ -23,6 +23,16 @@ def require_positive(config: Any, group: str, names: tuple[str, ...]) -> None:
         require(value > 0, f"{group}.{name}", f"must be positive, got {value}")
 
 
+def refuse_url(workdir: Any) -> None:
+    """UserError if ``--workdir`` names a bucket: runs are written to folders."""
+    # A Path has one slash where the URL had two.
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(workdir or "")):
+        raise UserError(
+            f"--workdir {workdir}: is no folder; mount the bucket and name a folder in it "
+            "(docs/cloud.md)"
+        )
+
+
 def require_patterns(patterns: Iterable[str], field: str) -> None:
     """UserError unless all are regular expressions and none is empty."""
     for pattern in patterns:

@@ -15,8 +15,9 @@ def use_compilation_cache(folder: str) -> None:
     """Applies ``train.compilation_cache_dir`` to this process; call before anything is compiled.
 
     Args:
-      folder: a folder; "none" keeps no programs; "" leaves ``JAX_COMPILATION_CACHE_DIR`` as it is,
-        or without it takes a folder of moejax's own (:func:`default_folder`).
+      folder: a folder, or one of a bucket (gs://BUCKET/FOLDER); "none" keeps no programs; "" leaves
+        ``JAX_COMPILATION_CACHE_DIR`` as it is, or without it takes a folder of moejax's own
+        (:func:`default_folder`).
     """
     if folder == "none":
         jax.config.update("jax_compilation_cache_dir", None)
@@ -24,6 +25,10 @@ def use_compilation_cache(folder: str) -> None:
     # Settings are attributes that jax makes at run time.
     settings: Any = jax.config
     if not folder and settings.jax_compilation_cache_dir:
+        return
+    if "://" in folder:
+        # jax writes to buckets itself, by etils.epath.
+        jax.config.update("jax_compilation_cache_dir", folder)
         return
     path = Path(folder).expanduser() if folder else default_folder()
     try:

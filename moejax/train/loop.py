@@ -243,6 +243,9 @@ class _Run:
             ended = last or self.patience.exhausted
             if save or ended or score < self.best:
                 self.best = min(self.best, score)
+                if self.primary:
+                    self.writer.sync()
+                    self.routing.sync()
                 self.checkpoints.save(done, self.state, self.sums, self.setup.mesh, values)
             if ended:
                 self.checkpoints.wait()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,6 +76,11 @@ class RoutingLog:
             return
         self._file.write(json.dumps({"step": step, "layers": loads(self.model, sums)}) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """As of :class:`moejax.train.writers.MetricWriter`."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import to_dict
+from moejax.config.checks import refuse_url
 from moejax.config.schema import Config
 from moejax.errors import UserError
 
@@ -40,8 +41,9 @@ def check_workdir(workdir: Path, config: Config) -> dict | None:
       The record that is there, or None for a new workdir. Writes nothing.
 
     Raises:
-      UserError: naming the fields that differ, or that ``workdir`` is no folder of a run.
+      UserError: naming the fields that differ, or that ``workdir`` is no folder of a run or a URL.
     """
+    refuse_url(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir {workdir}: is a file; name a folder")
     record = read_record(workdir)

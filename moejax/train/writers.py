@@ -115,6 +115,13 @@ class MetricWriter:
         for sink in self.sinks:
             sink.write(step, finite)
 
+    def sync(self) -> None:
+        """Returns once the rows are where a checkpoint of this moment is.
+
+        A mounted bucket takes what was written only now, or when the file is closed.
+        """
+        os.fsync(self._file.fileno())
+
     def images(self, step: int, images: Mapping[str, np.ndarray]) -> list[Path]:
         """Writes ``samples/step_STEP/NAME.png`` (see :func:`save_images`), and to the sinks."""
         paths = save_images(self.workdir, step, images)

@@ -36,6 +36,11 @@ def test_overrides_with_and_without_equals():
     assert overrides == ["a.b=1,2", "c=-3", "d=x=y"]
 
 
+def test_a_bucket_is_no_workdir():
+    with pytest.raises(UserError, match="--workdir gs://b/run: is no folder; mount the bucket"):
+        parse("--workdir", "gs://b/run")
+
+
 @pytest.mark.parametrize("argv", [["--config.a"], ["--config.a", "--json"]])
 def test_override_without_value(argv):
     with pytest.raises(UserError, match=r"--config.a: write --config.a=VALUE"):

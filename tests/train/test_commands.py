@@ -45,9 +45,10 @@ def test_train_command(command, tmp_path, capsys):
     assert "already trained to step 4" in capsys.readouterr().out
 
 
-def test_stop_by_signal_exits_with_0(command, fake_data, capsys):
+def test_stop_by_signal_exits_with_130(command, fake_data, capsys):
+    """A cluster takes 0 for the end of the job and would not start it again."""
     fake_data.before = staticmethod(lambda step: os.kill(os.getpid(), signal.SIGTERM))
-    assert main(command) == 0
+    assert main(command) == 130
     assert "stopped at step 1; run the same command" in capsys.readouterr().out
 
 

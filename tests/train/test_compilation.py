@@ -35,6 +35,13 @@ def test_the_environment_comes_before_it_and_the_config_before_both(tmp_path):
     assert jax.config.jax_compilation_cache_dir is None
 
 
+def test_a_bucket_is_left_to_jax(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    use_compilation_cache("gs://bucket/programs")
+    assert jax.config.jax_compilation_cache_dir == "gs://bucket/programs"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_home_that_cannot_be_written_costs_compiling_again(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path / "file"))

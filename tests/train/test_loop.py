@@ -10,9 +10,11 @@ import pytest
 
 from moejax.errors import UserError
 from moejax.train import setup as setups
+from moejax.train.checkpoint import Checkpoints
 from moejax.train.evaluate import EVALUATORS
 from moejax.train.load import load
 from moejax.train.loop import NonFiniteLoss, train
+from moejax.train.routing_log import RoutingLog
 from moejax.train.writers import TIME_FIELDS, MetricWriter, read_rows
 
 from .conftest import make_config
@@ -68,6 +70,37 @@ def test_crashed_and_resumed_equals_never_stopped(fake_data, whole, tmp_path, ca
     assert "resumed from step 10" in capsys.readouterr().out
     assert_same_end(workdir, reference)
     assert values["step"] == 12 and "eval/text/loss" in values and "train/loss" in values
+
+
+def test_rows_reach_a_mounted_bucket_before_a_checkpoint_does(fake_data, tmp_path, monkeypatch):
+    """Such a file system takes what was written at fsync; without it a kill would lose the rows."""
+    seen, fsync, save = [], os.fsync, Checkpoints.save
+
+    def synced(file):
+        if os.readlink(f"/proc/self/fd/{file}").endswith("metrics.jsonl"):
+            seen.append([row["step"] for row in rows(tmp_path / "run")])
+        fsync(file)
+
+    def saved(self, step, *args):
+        seen.append(f"checkpoint {step}")
+        save(self, step, *args)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(RoutingLog, "sync", lambda self: seen.append("routing"))
+    monkeypatch.setattr(Checkpoints, "save", saved)
+    train(make_config(), tmp_path / "run")
+    assert seen == [
+        *([4], "routing", "checkpoint 5"),
+        *([4, 6, 8], "routing", "checkpoint 10"),
+        *([4, 6, 8, 12, 12], "routing", "checkpoint 12"),
+    ]
+
+
+def test_a_bucket_is_no_workdir(fake_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="--workdir gs:/b/run: is no folder; mount the bucket"):
+        train(make_config(), "gs://b/run")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
