@@ -81,7 +81,7 @@ def compile_step(config: Config, topology: Topology, hlo_file: str = "") -> dict
 
 
 def topology_devices(topology: Topology) -> list[Any]:
-    """jax's devices of a topology: those of this process for the CPU, else to compile for alone.
+    """Devices of a topology: those of this process for the CPU, else to compile for alone.
 
     Raises:
       UserError: the plugin knows no such topology.

@@ -29,9 +29,7 @@ def run(argv: list[str]) -> int:
         "--topology", default="", metavar="CHIP:SHAPE", help=f"{', '.join(PRESETS)}, h100:16, ..."
     )
     parser.add_argument("--output", default="", metavar="FILE", help="write the JSON document here")
-    parser.add_argument(
-        "--hlo", default="", metavar="FILE", help="write the optimized program here"
-    )
+    parser.add_argument("--hlo", default="", metavar="FILE", help="write the program (HLO) here")
     args = parser.parse(argv)
     if not args.topology:
         raise UserError(f"--topology: give one, such as {' or '.join(PRESETS[-3:])}")

@@ -113,7 +113,8 @@ def _text(document: dict[str, Any], table) -> str:
         + (f", {table.frozen:,} frozen" if table.frozen else ""),
         f"              {owned}",
         f"per device    {show_bytes(table.bytes_per_device)} of parameters, "
-        f"{show_bytes(table.state_bytes_per_device)} with optimizer state (mesh {mesh or '1 device'})",
+        f"{show_bytes(table.state_bytes_per_device)} with optimizer state "
+        f"(mesh {mesh or '1 device'})",
     ]
     if memory := document["hbm_bytes_per_device"]:
         text.append(
@@ -135,7 +136,7 @@ def _text(document: dict[str, Any], table) -> str:
     if decode := document["decode"]:
         text.append(
             f"decoding      {show_count(decode['flops'])} FLOPs for the last token of a full row, "
-            f"{show_count(decode['mean_flops'])} for the mean one; {show_bytes(decode['cache_bytes'])} "
-            f"of keys and values, {show_bytes(decode['weight_bytes'])} of active weights"
+            f"{show_count(decode['mean_flops'])} for the mean one; "
+            f"{show_bytes(decode['cache_bytes'])} of keys and values, {show_bytes(decode['weight_bytes'])} of active weights"
         )
     return "\n".join(text) + "\n"
