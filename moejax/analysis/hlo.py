@@ -232,15 +232,12 @@ def _fused(computations, fusion: Instruction) -> Iterator[tuple[str, Instruction
 
 
 def _received(kind: str, one: Instruction, num_devices: int) -> float:
-    arrays = [_array_bytes(*array) for array in _arrays(one.type)]
-    if one.opcode.endswith("-start") and one.type.startswith("("):
-        if kind == "collective-permute":
-            # (operand, result, contexts ...)
-            arrays = arrays[1:2]
-        elif kind in ("all-gather", "collective-broadcast"):
-            # (operands, results)
-            arrays = arrays[len(arrays) // 2 :]
-    return _RECEIVED[kind](sum(arrays), _group_size(one.text, num_devices))
+    result = one.type
+    if one.opcode.endswith("-start") and kind != "all-reduce" and result.startswith("("):
+        # (operands, results, contexts ...)
+        _, others = _split_type(result[1:])
+        result = _split_type(others)[0]
+    return _RECEIVED[kind](type_bytes(result), _group_size(one.text, num_devices))
 
 
 def _group_size(text: str, num_devices: int) -> int:

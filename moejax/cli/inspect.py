@@ -137,6 +137,7 @@ def _text(document: dict[str, Any], table) -> str:
         text.append(
             f"decoding      {show_count(decode['flops'])} FLOPs for the last token of a full row, "
             f"{show_count(decode['mean_flops'])} for the mean one; "
-            f"{show_bytes(decode['cache_bytes'])} of keys and values, {show_bytes(decode['weight_bytes'])} of active weights"
+            f"{show_bytes(decode['cache_bytes'])} of keys and values, "
+            f"{show_bytes(decode['weight_bytes'])} of active weights"
         )
     return "\n".join(text) + "\n"
