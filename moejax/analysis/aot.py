@@ -18,8 +18,9 @@ from typing import Any
 
 import jax
 
-from moejax.analysis.flops import counted_flops, token_flops
+from moejax.analysis.flops import token_flops
 from moejax.analysis.hlo import collectives, largest_buffers
+from moejax.analysis.jaxpr_flops import UncountableError, count_jaxpr
 from moejax.analysis.params import abstract_batch, param_table
 from moejax.config import Config
 from moejax.config.convert import freeze
@@ -65,9 +66,10 @@ def compile_step(config: Config, topology: Topology, hlo_file: str = "") -> dict
         setup.recipe.shardings,
     )
     with jax.set_mesh(setup.mesh):
-        lowered = step.lower(setup.recipe.abstract, whole_batch(setup))
+        traced = step.trace(setup.recipe.abstract, whole_batch(setup))
+        lowered = traced.lower()
     lowered_at = time.perf_counter()
-    document = _facts(setup, topology)
+    document = _facts(setup, topology, traced.jaxpr)
     begin = time.perf_counter()
     try:
         program = _compiled(lowered.compile(), topology, hlo_file)
@@ -109,16 +111,20 @@ def whole_batch(setup: ModelSetup) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _facts(setup: ModelSetup, topology: Topology) -> dict[str, Any]:
-    """What is known without the compiler."""
+def _facts(setup: ModelSetup, topology: Topology, jaxpr: Any) -> dict[str, Any]:
+    """What is known without the compiler; ``jaxpr`` is that of the step."""
     config = setup.config
     table = param_table(setup.model, config, topology.num_devices)
     positions = config.data.batch_size
     if config.data.format != "images":
         positions *= config.data.sequence_length
-    formula, counted = token_flops(config), counted_flops(config).training
-    flops = positions * (formula.training if formula else counted.nominal)
-    peak = topology.peak_flops
+    try:
+        counted = count_jaxpr(jaxpr)
+    except UncountableError:
+        # A kernel of the user's own whose cost is not registered.
+        counted = None
+    formula, peak = token_flops(config), topology.peak_flops
+    flops = positions * formula.training if formula else None
     return {
         "config": config.about.name,
         "topology": topology.name,
@@ -131,9 +137,9 @@ def _facts(setup: ModelSetup, topology: Topology) -> dict[str, Any]:
         "hbm_bytes_per_device": topology.memory,
         "state_bytes_per_device": table.state_bytes_per_device,
         "flops": flops,
-        "counted_flops": positions * counted.nominal,
-        "visited_flops": positions * counted.visited,
-        "seconds_at_peak": flops / peak if peak else None,
+        "counted_flops": counted.nominal if counted else None,
+        "visited_flops": counted.visited if counted else None,
+        "seconds_at_peak": flops / peak if flops and peak else None,
         "shardings": {
             row.name: {
                 "shape": list(row.shape),

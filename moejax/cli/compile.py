@@ -74,9 +74,7 @@ def _text(document: dict[str, Any]) -> str:
         f"batch         {document['batch_size']} rows of {document['sequence_length']}, in "
         f"{document['accumulation_steps']} part(s)",
         *_memory(document),
-        f"FLOPs/step    {show_count(document['flops'])} by formula, "
-        f"{show_count(document['counted_flops'])} counted (with what model.remat computes again)"
-        + _at_peak(document),
+        *_flops(document),
         *_exchange(document),
         f"compiled in   {document['compile_seconds']:.0f} s"
         + f" ({', '.join(f'{k} {v}' for k, v in document['versions'].items())})",
@@ -111,9 +109,19 @@ def _memory(document: dict[str, Any]) -> list[str]:
     ]
 
 
-def _at_peak(document: dict[str, Any]) -> str:
-    seconds = document["seconds_at_peak"]
-    return "" if seconds is None else f"; {seconds:.3g} s at the data sheet's bfloat16 peak"
+def _flops(document: dict[str, Any]) -> list[str]:
+    parts = []
+    if (flops := document["flops"]) is not None:
+        seconds = document["seconds_at_peak"]
+        least = "" if seconds is None else f" ({seconds:.3g} s at the data sheet's bfloat16 peak)"
+        parts.append(f"{show_count(flops)} by formula{least}")
+    if (counted := document["counted_flops"]) is not None:
+        more = document["visited_flops"] / counted - 1
+        parts.append(
+            f"{show_count(counted)} in the program, with what is computed again; padding adds at "
+            f"most {100 * more:.1f}%"
+        )
+    return [f"FLOPs/step    {'; '.join(parts) or 'not known'}"]
 
 
 def _exchange(document: dict[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ def show_spec(spec: Sequence) -> str:
 
 def show_count(value: float) -> str:
     """``13_489_430_528`` -> ``"13.49G"``."""
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.2f}{unit}"
     return f"{value:.0f}"
