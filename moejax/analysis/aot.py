@@ -1,6 +1,6 @@
 """A training step compiled ahead of time for devices that are not here, and what it would take.
 
-    python -m moejax.analysis.aot RESULT < job.json
+    python -m moejax.analysis.aot RESULT PARENT < job.json
 
 is the child process of :mod:`moejax.analysis.aot_process`: plugins for TPUs and GPUs are loaded
 here and nowhere else.
@@ -10,8 +10,10 @@ import dataclasses
 import importlib.metadata
 import json
 import math
+import os
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -214,8 +216,8 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 def _bytes(text: str) -> int:
     """``"12.50G"`` as the compiler writes bytes."""
-    number, unit = re.fullmatch(r"([\d.]+)([KMGT]?)i?B?", text).groups()
-    return int(float(number) * _UNITS[unit])
+    number = text.rstrip("KMGT")
+    return int(float(number) * _UNITS[text[len(number) :]])
 
 
 def _refused(message: str, topology: Topology) -> dict[str, Any]:
@@ -256,15 +258,24 @@ def _versions(topology: Topology) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
+def _end_with(parent: int) -> None:
+    """Ends this process soon after its parent, which may be killed while the compiler runs."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main() -> None:
     """Reads the job from stdin, writes the document (or what the user can mend) to a file."""
+    result_file, parent = sys.argv[1:]
+    threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
     job = json.load(sys.stdin)
     try:
         import_packages(job["imports"])
         result = compile_step(freeze(job["config"]), parse_topology(job["topology"]), job["hlo"])
     except UserError as error:
         result = {"user_error": str(error)}
-    Path(sys.argv[1]).write_text(json.dumps(result), encoding="utf-8")
+    Path(result_file).write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def compile_in_child(config: Config, topology: Topology, hlo_file: str = "") -> 
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         done = subprocess.run(
-            [sys.executable, "-m", "moejax.analysis.aot", str(result)],
+            [sys.executable, "-m", "moejax.analysis.aot", str(result), str(os.getpid())],
             input=json.dumps(job),
             env=child_environment(topology, os.environ),
             stdout=subprocess.PIPE,

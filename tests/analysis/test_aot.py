@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -172,6 +173,15 @@ def test_a_child_that_comes_to_no_result(monkeypatch):
     monkeypatch.setattr(subprocess, "run", ended(-9))
     with pytest.raises(UserError, match="more memory than this machine has free"):
         aot_process.compile_in_child(tiny(), topology)
+
+
+def test_a_child_ends_with_its_parent(tmp_path):
+    """A command that is killed leaves no compiler behind."""
+    not_its_parent = "1" if os.getpid() != 1 else "2"
+    command = [sys.executable, "-m", "moejax.analysis.aot", str(tmp_path / "x"), not_its_parent]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as child:
+        # It waits for its job.
+        assert child.wait(timeout=100) == 1
 
 
 def test_each_platform_has_an_environment_of_its_own():
