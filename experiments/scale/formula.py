@@ -33,7 +33,9 @@ def expected(report: dict) -> tuple[float, float]:
 
 
 def main(files: list[str]) -> None:
-    print("| report | gather: formula | all-gather | scatter: formula | reduce-scatter | all-reduce |")
+    print(
+        "| report | gather: formula | all-gather | scatter: formula | reduce-scatter | all-reduce |"
+    )
     print("|---|--:|--:|--:|--:|--:|")
     for file in files:
         report = json.loads(Path(file).read_text(encoding="utf-8"))

@@ -117,9 +117,8 @@ def _facts(setup: ModelSetup, topology: Topology, jaxpr: Any) -> dict[str, Any]:
     """What is known without the compiler; ``jaxpr`` is that of the step."""
     config = setup.config
     table = param_table(setup.model, config, topology.num_devices)
-    positions = config.data.batch_size
-    if config.data.format != "images":
-        positions *= config.data.sequence_length
+    length = config.data.sequence_length if config.data.format == "tokens" else None
+    positions = config.data.batch_size * (length or 1)
     try:
         counted = count_jaxpr(jaxpr)
     except UncountableError:
@@ -135,7 +134,7 @@ def _facts(setup: ModelSetup, topology: Topology, jaxpr: Any) -> dict[str, Any]:
         "mesh": table.mesh,
         "batch_size": config.data.batch_size,
         "accumulation_steps": config.optim.accumulation_steps,
-        "sequence_length": config.data.sequence_length,
+        "sequence_length": length,
         "hbm_bytes_per_device": topology.memory,
         "state_bytes_per_device": table.state_bytes_per_device,
         "flops": flops,

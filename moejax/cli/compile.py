@@ -71,7 +71,7 @@ def _text(document: dict[str, Any]) -> str:
         f"{document['config']} on {document['topology']}: {verdict}: {used} of "
         f"{show_bytes(memory)} a device",
         f"mesh          {mesh or '1 device'}",
-        f"batch         {document['batch_size']} rows of {document['sequence_length']}, in "
+        f"batch         {document['batch_size']} {_rows(document['sequence_length'])}, in "
         f"{document['accumulation_steps']} part(s)",
         *_memory(document),
         *_flops(document),
@@ -82,6 +82,10 @@ def _text(document: dict[str, Any]) -> str:
     if not document["fits"]:
         lines += _largest(document)
     return "\n".join(lines) + "\n"
+
+
+def _rows(sequence_length: int | None) -> str:
+    return "pictures" if sequence_length is None else f"rows of {sequence_length:,} tokens"
 
 
 def _shardings(document: dict[str, Any]) -> list[str]:
@@ -128,9 +132,9 @@ def _exchange(document: dict[str, Any]) -> list[str]:
     found = document["collectives"]
     if found is None:
         return []
-    rows = [
-        (kind, f"{one['count']:,}", show_bytes(one["bytes"])) for kind, one in found.items()
-    ] or [("none", "", "")]
+    if not found:
+        return ["collectives   none"]
+    rows = [(kind, f"{one['count']:,}", show_bytes(one["bytes"])) for kind, one in found.items()]
     lines = columns([("collectives", "a step", "received by a device"), *rows], right=(1, 2))
     loops = ", ".join(f"{n} of {times}" for times, n in document["loops"].items())
     if loops:

@@ -67,6 +67,19 @@ def test_the_body_of_a_scan_counts_as_often_as_it_runs():
     assert found.loops == {3: 1, 5: 1} and found.unread == ()
 
 
+def test_of_the_branches_of_a_conditional_the_dearest_counts():
+    def function(x):
+        many = lambda x: lax.psum(x, "x")
+        few = lambda x: lax.ppermute(x, "x", [(i, (i + 1) % 8) for i in range(8)])
+        return lax.switch(lax.axis_index("x") % 2, [few, many], x)
+
+    text = program(function)
+    assert " conditional(" in text
+    found = collectives(text, 8)
+    assert found.count == {"all-reduce": 1}
+    assert found.received == {"all-reduce": 2 * (WHOLE / 8) * 7 / 8}
+
+
 def test_a_loop_of_unknown_length_counts_once_and_is_named():
     def body(state):
         x, n = state
