@@ -22,6 +22,7 @@ import jax
 
 from moejax.analysis.flops import token_flops
 from moejax.analysis.hlo import collectives, largest_buffers
+from moejax.analysis.jaxpr_arrays import largest_arrays
 from moejax.analysis.jaxpr_flops import UncountableError, count_jaxpr
 from moejax.analysis.params import abstract_batch, param_table
 from moejax.config import Config
@@ -76,7 +77,7 @@ def compile_step(config: Config, topology: Topology, hlo_file: str = "") -> dict
     try:
         program = _compiled(lowered.compile(), topology, hlo_file)
     except jax.errors.JaxRuntimeError as error:
-        program = _refused(str(error), topology)
+        program = _refused(str(error), document, traced.jaxpr)
     seconds = {
         "lower_seconds": lowered_at - start,
         "compile_seconds": time.perf_counter() - begin,
@@ -219,34 +220,47 @@ def _bytes(text: str) -> int:
     return int(float(number) * _UNITS[text[len(number) :]])
 
 
-def _refused(message: str, topology: Topology) -> dict[str, Any]:
-    """What the compiler says of a program that exceeds the memory of a device.
+def _refused(message: str, document: dict[str, Any], jaxpr: Any) -> dict[str, Any]:
+    """What is known of a program that exceeds the memory of a device.
+
+    The compiler names its largest buffers if it comes so far; else they are the largest arrays of
+    the program, as if each device held its part of them.
 
     Raises:
-      RuntimeError: it refuses the program for another reason.
+      RuntimeError: the compiler refuses the program for another reason.
     """
-    used = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", message)
-    if "RESOURCE_EXHAUSTED" not in message or (topology.chip.platform == "tpu" and used is None):
-        raise RuntimeError(f"the compiler refuses the program: {message}")
-    size, limit = map(_bytes, used.groups()) if used else (None, topology.memory)
-    buffers = re.findall(
-        r"Size: ([\d.]+[KMGT]?)\s+(?:Operator: op_name=\"([^\"]*)\")?.*?Shape: (\S+)",
-        message,
-        re.DOTALL,
+    of_all = re.search(r"Used ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?) hbm", message)
+    of_temporaries = re.search(
+        r"temporaries \(([\d.]+[KMGT]?)\) exceeds available HBM \(([\d.]+[KMGT]?)\)", message
     )
+    said = of_all or of_temporaries
+    if "RESOURCE_EXHAUSTED" not in message or said is None:
+        raise RuntimeError(f"the compiler refuses the program: {message}")
+    buffers = [
+        {"shape": re.sub(r"\{.*", "", shape), "bytes": _bytes(size), "from": scope}
+        for size, scope, shape in re.findall(
+            r"Size: ([\d.]+[KMGT]?)\n\s+(?:Operator: op_name=\"([^\"]*)\"[^\n]*\n\s+)?Shape: (\S+)",
+            message,
+        )
+    ] or [
+        {
+            "shape": f"{array.dtype}[{','.join(map(str, array.shape))}]",
+            "bytes": array.bytes // document["devices"],
+            "from": array.scope,
+        }
+        for array in largest_arrays(jaxpr, _LARGEST)
+    ]
+    state = 0 if of_all else document["state_bytes_per_device"]
     return {
         "compiled": False,
         "fits": False,
-        "peak_bytes_per_device": size,
-        "hbm_bytes_per_device": limit,
+        "peak_bytes_per_device": _bytes(said[1]) + state,
+        "hbm_bytes_per_device": _bytes(said[2]),
         "memory": None,
         "collectives": None,
         "loops": {},
         "unread_loops": [],
-        "largest_buffers": [
-            {"shape": re.sub(r"\{.*", "", shape), "bytes": _bytes(bytes_), "from": scope}
-            for bytes_, scope, shape in buffers[:_LARGEST]
-        ],
+        "largest_buffers": buffers[:_LARGEST],
         "compiler_says": message.splitlines()[0],
     }
 

@@ -91,11 +91,11 @@ def collectives(text: str, num_devices: int) -> Collectives:
 
 
 def largest_buffers(text: str, number: int = 10) -> list[Buffer]:
-    """The largest results of instructions outside of fusions, one of each shape and scope.
+    """The largest results of instructions outside of fusions, one of each shape.
 
     Which of them live at the same time is not known; the compiler may keep several in one place.
     """
-    found: dict[tuple[str, str], Buffer] = {}
+    found: dict[str, Buffer] = {}
     computations = parse(text)
     fused = {
         called
@@ -113,7 +113,7 @@ def largest_buffers(text: str, number: int = 10) -> list[Buffer]:
             scope = re.search(r'op_name="([^"]*)"', one.text)
             shape = re.sub(r"\{.*", "", one.type)
             buffer = Buffer(shape, type_bytes(one.type), one.opcode, scope[1] if scope else "")
-            found.setdefault((shape, buffer.scope), buffer)
+            found.setdefault(shape, buffer)
     return sorted(found.values(), key=lambda buffer: -buffer.bytes)[:number]
 
 

@@ -127,6 +127,54 @@ def test_a_step_that_does_not_fit(compiled, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["fits"] is False
 
 
+# As libtpu 0.0.42 says it; the first form comes before it has placed buffers.
+TEMPORARIES = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+    "(293.50G) exceeds available HBM (15.75G)."
+)
+ALLOCATIONS = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded hbm capacity by 1.75G.
+
+Total hbm usage >= 17.76G:
+    reserved        258.00M
+
+  Largest program allocations in hbm:
+
+  1. Size: 2.00G
+     Operator: op_name="jit(step)/attention/dot_general" stack_frame_id=123
+     Shape: f32[32,4096,4096]{2,1,0:T(8,128)}
+     Unpadded size: 2.00G
+     XLA label: fusion.1
+     Allocation type: HLO temp
+     ==========================
+
+  2. Size: 512.00M
+     Shape: bf16[65536,4096]{1,0:T(8,128)(2,1)}
+     Unpadded size: 512.00M
+"""  # noqa: E501
+
+
+def test_what_the_compiler_says_of_a_step_that_does_not_fit():
+    jaxpr = jax.make_jaxpr(lambda x: jax.numpy.outer(x, x))(jax.numpy.ones(64))
+    facts = {"devices": 16, "state_bytes_per_device": 1 << 30}
+    named = aot._refused(ALLOCATIONS, facts, jaxpr)
+    assert (named["compiled"], named["fits"]) == (False, False)
+    assert named["peak_bytes_per_device"] == 17.5 * (1 << 30)
+    assert named["hbm_bytes_per_device"] == 15.75 * (1 << 30)
+    attention = "jit(step)/attention/dot_general"
+    assert named["largest_buffers"] == [
+        {"shape": "f32[32,4096,4096]", "bytes": 2 << 30, "from": attention},
+        {"shape": "bf16[65536,4096]", "bytes": 512 << 20, "from": ""},
+    ]
+    unnamed = aot._refused(TEMPORARIES, facts, jaxpr)
+    # Temporaries, and beside them the state.
+    assert unnamed["peak_bytes_per_device"] == 294.5 * (1 << 30)
+    # The program's own largest array, a part on each device.
+    assert unnamed["largest_buffers"][0]["shape"] == "float32[64,64]"
+    assert unnamed["largest_buffers"][0]["bytes"] == 64 * 64 * 4 // 16
+    with pytest.raises(RuntimeError, match="refuses the program: INTERNAL: Mosaic failed"):
+        aot._refused("INTERNAL: Mosaic failed", facts, jaxpr)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
