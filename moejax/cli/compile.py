@@ -162,7 +162,7 @@ def _largest(document: dict[str, Any]) -> list[str]:
         "",
         *columns([("largest of the state", "whole", "split over", "per device"), *state], (3,)),
         "",
-        *columns([("largest buffers", "bytes", "from"), *buffers], (1,)),
+        *columns([("largest buffers", "per device", "from"), *buffers], (1,)),
         "",
         "Smaller: more mesh.fsdp, model.remat=full, more optim.accumulation_steps, a smaller "
         "data.batch_size or data.sequence_length.",
