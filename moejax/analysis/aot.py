@@ -220,6 +220,13 @@ def _bytes(text: str) -> int:
     return int(float(number) * _UNITS[text[len(number) :]])
 
 
+_ALLOCATION = re.compile(
+    r"Size: ([\d.]+[KMGT]?)\n\s+"
+    r'(?:Operator: [^\n]*?op_name="([^"]*)"[^\n]*\n\s+)?'
+    r"Shape: (\S+)"
+)
+
+
 def _refused(message: str, document: dict[str, Any], jaxpr: Any) -> dict[str, Any]:
     """What is known of a program that exceeds the memory of a device.
 
@@ -238,10 +245,7 @@ def _refused(message: str, document: dict[str, Any], jaxpr: Any) -> dict[str, An
         raise RuntimeError(f"the compiler refuses the program: {message}")
     buffers = [
         {"shape": re.sub(r"\{.*", "", shape), "bytes": _bytes(size), "from": scope}
-        for size, scope, shape in re.findall(
-            r"Size: ([\d.]+[KMGT]?)\n\s+(?:Operator: op_name=\"([^\"]*)\"[^\n]*\n\s+)?Shape: (\S+)",
-            message,
-        )
+        for size, scope, shape in _ALLOCATION.findall(message)
     ] or [
         {
             "shape": f"{array.dtype}[{','.join(map(str, array.shape))}]",

@@ -127,7 +127,7 @@ def test_a_step_that_does_not_fit(compiled, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out)["fits"] is False
 
 
-# As libtpu 0.0.42 says it; the first form comes before it has placed buffers.
+# The first as libtpu 0.0.42 says it, before it has placed buffers; the second as other versions do.
 TEMPORARIES = (
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
     "(293.50G) exceeds available HBM (15.75G)."
@@ -140,7 +140,7 @@ Total hbm usage >= 17.76G:
   Largest program allocations in hbm:
 
   1. Size: 2.00G
-     Operator: op_name="jit(step)/attention/dot_general" stack_frame_id=123
+     Operator: op_type="dot" op_name="jit(step)/attention/dot_general" stack_frame_id=123
      Shape: f32[32,4096,4096]{2,1,0:T(8,128)}
      Unpadded size: 2.00G
      XLA label: fusion.1
