@@ -43,8 +43,10 @@ def _arrays(jaxpr: Any, copies: int, scope: str) -> Iterator[Array]:
         for one in inner:
             yield from _arrays(one, copies * local_copies(eqn), here)
         for var in () if inner else eqn.outvars:
-            shape, dtype = getattr(var.aval, "shape", None), getattr(var.aval, "dtype", None)
-            if shape is None or not hasattr(dtype, "itemsize"):
+            aval: Any = var.aval
+            # Tokens have no shape, keys of random numbers no size.
+            if not hasattr(aval, "shape") or not hasattr(aval.dtype, "itemsize"):
                 continue
-            size = copies * math.prod(shape) * dtype.itemsize
-            yield Array(tuple(shape), dtype.name, size, f"{here}/{eqn.primitive.name}".lstrip("/"))
+            size = copies * math.prod(aval.shape) * aval.dtype.itemsize
+            made_by = f"{here}/{eqn.primitive.name}".lstrip("/")
+            yield Array(tuple(aval.shape), aval.dtype.name, size, made_by)
