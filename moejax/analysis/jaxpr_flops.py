@@ -55,7 +55,7 @@ def _count_eqn(eqn: core.JaxprEqn) -> Cost:
         return _CONTRACTIONS[name](eqn)
     if name == "jit" and eqn.params["name"] in COSTS:
         return _kernel(eqn)
-    inner = [count_jaxpr(jaxpr) for jaxpr in _inner_jaxprs(eqn)]
+    inner = [count_jaxpr(jaxpr) for jaxpr in inner_jaxprs(eqn)]
     if name == "cond":
         # Also the branches of platform_dependent: the dearest one, as the worst case.
         return Cost(max(c.nominal for c in inner), max(c.visited for c in inner))
@@ -70,19 +70,20 @@ def _count_eqn(eqn: core.JaxprEqn) -> Cost:
 
 def _kernel(eqn: core.JaxprEqn) -> Cost:
     """The recorded cost, unless the equation is what partial evaluation moved out of a loop."""
-    if not any(_contracts(jaxpr) for jaxpr in _inner_jaxprs(eqn)):
+    if not any(_contracts(jaxpr) for jaxpr in inner_jaxprs(eqn)):
         return Cost(0.0, 0.0)
     return COSTS[eqn.params["name"]]
 
 
 def _contracts(jaxpr: Any) -> bool:
     return any(
-        eqn.primitive.name in _CONTRACTIONS or any(map(_contracts, _inner_jaxprs(eqn)))
+        eqn.primitive.name in _CONTRACTIONS or any(map(_contracts, inner_jaxprs(eqn)))
         for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns
     )
 
 
-def _inner_jaxprs(eqn: core.JaxprEqn) -> Iterator[Any]:
+def inner_jaxprs(eqn: core.JaxprEqn) -> Iterator[Any]:
+    """The jaxprs that an equation runs: a loop's body, branches, a called function."""
     for key, param in eqn.params.items():
         # A scatter's update function is applied to scalars, not run once for each call.
         if key == "update_jaxpr":
@@ -96,10 +97,15 @@ def _times(eqn: core.JaxprEqn) -> int:
     """How often the body of an equation runs, over all devices."""
     if eqn.primitive.name == "scan":
         return eqn.params["length"]
-    if eqn.primitive.name == "shard_map":
-        sizes = dict(eqn.params["mesh"].shape)
-        return math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
-    return 1
+    return local_copies(eqn)
+
+
+def local_copies(eqn: core.JaxprEqn) -> int:
+    """How many devices run the body of an equation side by side: those of a shard_map, else 1."""
+    if eqn.primitive.name != "shard_map":
+        return 1
+    sizes = dict(eqn.params["mesh"].shape)
+    return math.prod(sizes[axis] for axis in eqn.params["newly_manual_axes"])
 
 
 def _shape(var: Any) -> tuple[int, ...]:

@@ -117,14 +117,17 @@ def abstract_params(model, config: Config) -> Any:
     return meta.unbox(boxed_params(model, config))
 
 
-def param_table(model, config: Config) -> ParamTable:
+def param_table(model, config: Config, num_devices: int | None = None) -> ParamTable:
     """Counts, specs and bytes, by shape evaluation; the devices of the mesh need not exist.
+
+    ``num_devices`` is how many there are to be; left out, as many as the mesh of the config asks
+    for, and an axis of -1 takes the devices at hand that the others leave.
 
     Raises:
       UserError: the mesh of the config divides neither batch nor model.
     """
     # A sharding over devices that are not there is as good for counting bytes.
-    mesh: Any = abstract_mesh(config)
+    mesh: Any = abstract_mesh(config, num_devices)
     boxed = boxed_params(model, config)
     modalities = getattr(config.model, "modalities", ())
     leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=_is_box)
@@ -159,12 +162,14 @@ def param_table(model, config: Config) -> ParamTable:
     )
 
 
-def abstract_mesh(config: Config) -> AbstractMesh:
-    """The mesh of the config; an axis of -1 takes the devices at hand that the others leave."""
-    sizes = config.mesh.axes()
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    fill = max(1, jax.device_count() // fixed) if -1 in sizes.values() else 1
-    shape = check_mesh(config, fixed * fill)
+def abstract_mesh(config: Config, num_devices: int | None = None) -> AbstractMesh:
+    """The mesh of the config over that many devices; see :func:`param_table`."""
+    if num_devices is None:
+        sizes = config.mesh.axes()
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        fill = max(1, jax.device_count() // fixed) if -1 in sizes.values() else 1
+        num_devices = fixed * fill
+    shape = check_mesh(config, num_devices)
     return AbstractMesh(shape, axes.MESH_AXES, axis_types=(AxisType.Auto,) * len(axes.MESH_AXES))
 
 

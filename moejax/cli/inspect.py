@@ -5,7 +5,9 @@ import sys
 from typing import Any
 
 from moejax.cli.common import command_parser, config_from, print_json
+from moejax.cli.text import columns, show_bytes, show_count, show_spec
 from moejax.config.schema import Config
+from moejax.parallel.topologies import Topology, parse_topology
 
 _DESCRIPTION = """Parameters, FLOPs per token, and bytes and sharding on each device of a config (or
 of the run in --workdir), by shape evaluation.
@@ -13,14 +15,24 @@ of the run in --workdir), by shape evaluation.
 FLOPs are of the forward; training takes three times as many, plus what model.remat computes
 again. The formula counts every matmul that a token takes part in (attention in full, as the
 program multiplies it; the causal half is given too). The count is read off the program, with
-the rows that padding adds in the worst case shown apart."""
+the rows that padding adds in the worst case shown apart.
+
+    moejax inspect --config mot:7b --mesh v5p_4x4x8      # as it would lie on devices not at hand"""
 
 
 def run(argv: list[str]) -> int:
     """Runs ``moejax inspect`` and returns the exit code."""
     parser = command_parser("inspect", _DESCRIPTION)
+    parser.add_argument(
+        "--mesh",
+        default="",
+        metavar="TOPOLOGY",
+        help="the devices of the mesh: cpu8, h200x8, v5p_4x4x8, v6e:16x16, ... (default: those at "
+        "hand)",
+    )
     args = parser.parse(argv)
-    report = inspect(config_from(args))
+    topology = parse_topology(args.mesh, "--mesh") if args.mesh else None
+    report = inspect(config_from(args), topology)
     if args.json:
         print_json(report["json"])
     else:
@@ -30,8 +42,11 @@ def run(argv: list[str]) -> int:
     return 0
 
 
-def inspect(config: Config) -> dict[str, Any]:
-    """``{"json": the document of --json, "text": the table of the terminal}``."""
+def inspect(config: Config, topology: Topology | None = None) -> dict[str, Any]:
+    """``{"json": the document of --json, "text": the table of the terminal}``.
+
+    With a ``topology`` specs and bytes are those on a mesh of its devices.
+    """
     from moejax.analysis.decoding import decode_cost
     from moejax.analysis.flops import counted_flops, flops_by_modality, token_flops
     from moejax.analysis.params import param_table
@@ -40,7 +55,7 @@ def inspect(config: Config) -> dict[str, Any]:
 
     configure_jax(config)
     model = build(config)[0]
-    table = param_table(model, config)
+    table = param_table(model, config, topology.num_devices if topology else None)
     formula, counted = token_flops(config), counted_flops(config)
     by_modality = flops_by_modality(config) or {}
     decode = decode_cost(model, config, formula, table)
@@ -64,9 +79,11 @@ def inspect(config: Config) -> dict[str, Any]:
         "visited_training_flops_per_token": counted.training.visited,
         "decode": dataclasses.asdict(decode) if decode else None,
         "flops_per": "image" if config.data.format == "images" else "token",
+        "topology": topology.name if topology else None,
         "mesh": table.mesh,
         "bytes_per_device": table.bytes_per_device,
         "state_bytes_per_device": table.state_bytes_per_device,
+        "hbm_bytes_per_device": topology.memory if topology else None,
         "specs": {row.name: list(row.spec) for row in table.rows},
         "warnings": warnings,
     }
@@ -80,69 +97,47 @@ def _text(document: dict[str, Any], table) -> str:
             "x".join(map(str, row.shape)),
             row.dtype,
             f"{row.size:,}",
-            _spec(row.spec),
-            _bytes(row.bytes_per_device),
+            show_spec(row.spec),
+            show_bytes(row.bytes_per_device),
         )
         for row in table.rows
     ]
     head = ("parameter", "shape", "dtype", "count", "split over", "per device")
     per = document["flops_per"]
     mesh = " x ".join(f"{name}={size}" for name, size in table.mesh.items() if size > 1)
-    owned = ", ".join(f"{name} {_count(size)}" for name, size in table.per_modality.items())
+    owned = ", ".join(f"{name} {show_count(size)}" for name, size in table.per_modality.items())
     text = [
-        *_columns([head, *lines], right=(3, 5)),
+        *columns([head, *lines], right=(3, 5)),
         "",
         f"parameters    {table.total:,} total, {table.active:,} active for one token"
         + (f", {table.frozen:,} frozen" if table.frozen else ""),
         f"              {owned}",
-        f"per device    {_bytes(table.bytes_per_device)} of parameters, "
-        f"{_bytes(table.state_bytes_per_device)} with optimizer state (mesh {mesh or '1 device'})",
+        f"per device    {show_bytes(table.bytes_per_device)} of parameters, "
+        f"{show_bytes(table.state_bytes_per_device)} with optimizer state "
+        f"(mesh {mesh or '1 device'})",
     ]
+    if memory := document["hbm_bytes_per_device"]:
+        text.append(
+            f"              {document['topology']} has {show_bytes(memory)} each; activations and "
+            "gradients come on top (moejax compile)"
+        )
     if document["flops_per_token"] is not None:
         text.append(
-            f"FLOPs/{per}   formula: forward {_count(document['flops_per_token'])} "
-            f"({_count(document['causal_flops_per_token'])} with attention counted causally), "
-            f"training {_count(document['training_flops_per_token'])}"
+            f"FLOPs/{per}   formula: forward {show_count(document['flops_per_token'])} "
+            f"({show_count(document['causal_flops_per_token'])} with attention counted causally), "
+            f"training {show_count(document['training_flops_per_token'])}"
         )
     waste = document["visited_flops_per_token"] / document["counted_flops_per_token"] - 1
     text.append(
-        f"FLOPs/{per}   counted: forward {_count(document['counted_flops_per_token'])}, "
-        f"training {_count(document['counted_training_flops_per_token'])}; "
+        f"FLOPs/{per}   counted: forward {show_count(document['counted_flops_per_token'])}, "
+        f"training {show_count(document['counted_training_flops_per_token'])}; "
         f"padding adds at most {100 * waste:.1f}%"
     )
     if decode := document["decode"]:
         text.append(
-            f"decoding      {_count(decode['flops'])} FLOPs for the last token of a full row, "
-            f"{_count(decode['mean_flops'])} for the mean one; {_bytes(decode['cache_bytes'])} "
-            f"of keys and values, {_bytes(decode['weight_bytes'])} of active weights"
+            f"decoding      {show_count(decode['flops'])} FLOPs for the last token of a full row, "
+            f"{show_count(decode['mean_flops'])} for the mean one; "
+            f"{show_bytes(decode['cache_bytes'])} of keys and values, "
+            f"{show_bytes(decode['weight_bytes'])} of active weights"
         )
     return "\n".join(text) + "\n"
-
-
-def _columns(rows: list[tuple[str, ...]], right: tuple[int, ...]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if i in right else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def _spec(spec: tuple) -> str:
-    return ", ".join("-" if axis is None else str(axis) for axis in spec)
-
-
-def _count(value: float) -> str:
-    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.2f}{unit}"
-    return f"{value:.0f}"
-
-
-def _bytes(value: float) -> str:
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if value >= size:
-            return f"{value / size:.1f} {unit}"
-    return f"{value:.0f} B"

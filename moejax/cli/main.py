@@ -14,6 +14,7 @@ COMMANDS = {
     "sample": "generate text and pictures from the checkpoint of a run",
     "report": "one HTML file that shows a run: losses, samples, speed, config, environment",
     "inspect": "parameters (total, active), FLOPs per token, bytes and sharding per device",
+    "compile": "a training step for TPUs or GPUs that are not here: does it fit, what it exchanges",
     "bench": "how long a layer takes beside the dense one of equal FLOPs",
     "compare": "several configs at equal training FLOPs, with intervals over seeds",
     "isoflop": "one config at several widths and equal FLOPs: best sizes and a scaling law",

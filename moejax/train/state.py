@@ -94,8 +94,10 @@ def state_recipe(model, config, mesh: jax.sharding.Mesh, sample_batch: dict) -> 
             skipped_in_row=zero,
         )
 
+    # By its shape: the devices of the mesh may be there to compile for alone.
+    any_key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
-        boxed_params = jax.eval_shape(init_params, jax.random.key(0))
+        boxed_params = jax.eval_shape(init_params, any_key)
         optimizer = make_optimizer(config, boxed_params)
         boxed = jax.eval_shape(init_state)
     shardings = state_shardings(mesh, boxed)

@@ -12,23 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-# Dense bfloat16 FLOP/s of one device, by the start of jax's device_kind (data sheets).
-DATA_SHEET_PEAK = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-    "TPU7": 2307e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA L4": 121e12,
-    "NVIDIA L40S": 362e12,
-    "Tesla T4": 65e12,
-    "Tesla V100": 125e12,
-}
+from moejax.parallel.topologies import data_sheet_peak
 
 
 def peak_flops(devices: list[Any]) -> float:
@@ -37,10 +21,9 @@ def peak_flops(devices: list[Any]) -> float:
     The data sheet's where it is known; else what a 1024^3 float32 matrix product reaches here. CPU
     devices are simulated on one and the same processor, so they are not added up.
     """
-    kind = devices[0].device_kind
-    names = [name for name in DATA_SHEET_PEAK if kind.startswith(name)]
-    if names:
-        return DATA_SHEET_PEAK[max(names, key=len)] * len(devices)
+    peak = data_sheet_peak(devices[0].device_kind)
+    if peak is not None:
+        return peak * len(devices)
     measured = measured_flops(devices[0])
     return measured if devices[0].platform == "cpu" else measured * len(devices)
 

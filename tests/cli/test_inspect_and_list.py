@@ -54,6 +54,37 @@ def test_inspect_warns_of_large_parameters_left_whole(capsys, monkeypatch):
     assert "moejax: warning: embedding_vd: more than 1 MiB" in err
 
 
+def test_inspect_on_devices_that_are_not_here(capsys):
+    argv = ("inspect", "--config", "mot:7b", "--mesh", "v5p_4x4x8")
+    got = json.loads(output(capsys, *argv, "--config.mesh.data=4", "--json"))
+    assert got["topology"] == "v5p:4x4x8"
+    # mesh.fsdp is -1 in the config.
+    assert (got["mesh"]["data"], got["mesh"]["fsdp"]) == (4, 32)
+    assert got["bytes_per_device"] == pytest.approx(4 * got["total_params"] / 32, rel=1e-3)
+    # AdamW keeps two numbers for each parameter.
+    assert got["state_bytes_per_device"] == pytest.approx(3 * got["bytes_per_device"], rel=1e-3)
+    assert got["hbm_bytes_per_device"] > 95 << 30
+    text = output(capsys, *argv)
+    assert "(mesh fsdp=128)" in text
+    assert "v5p:4x4x8 has 95.7 GiB each" in text
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--mesh", "v5q_4x4x8"], "--mesh v5q_4x4x8: no chip 'v5q'"),
+        (
+            ["--mesh", "cpu8", "--config.mesh.data=3", "--config.mesh.fsdp=-1"],
+            "mesh.fsdp=-1: the other axes need 3 devices, which does not divide the 8",
+        ),
+    ],
+)
+def test_inspect_of_a_mesh_that_cannot_be(flags, message, capsys):
+    assert cli.main(["inspect", "--config", "mot", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
 def test_list_configs_json(capsys):
     rows = json.loads(output(capsys, "list", "configs", "--json"))
     by_name = {(row["name"], row["arg"]): row for row in rows}
