@@ -151,7 +151,7 @@ class Decoder(nn.Module):
             ),
             (x_btd, TOKENS),
             (layout, PER_DEVICE),
-            (head_dv.astype(dtype), P(None, "tensor")),
+            (head_dv.astype(dtype), P("fsdp", "tensor")),
             tokens=tokens.shape,
             out=FEATURES,
         ).astype(param_dtype(cfg))

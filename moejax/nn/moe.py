@@ -239,8 +239,8 @@ class MoE(nn.Module):
             (seen, TOKENS),
             (ids, TOKENS),
             (gates, TOKENS),
-            (wi_edf, P(over, None, "tensor")),
-            (wo_efd, P(over, "tensor", None)),
+            (wi_edf, P(over, "fsdp", "tensor")),
+            (wo_efd, P(over, "tensor", "fsdp")),
             tokens=(b, t),
             out=TOKENS,
         )

@@ -1,5 +1,6 @@
 """Code that runs on each device's own tokens, with the weights it needs there."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,9 +19,9 @@ FEATURES = P(_BATCH, _LENGTH, "tensor")  # [b, t, f, ...], f split over the tens
 ROWS = P(_BATCH)  # [b, s, ...]: every device of the sequence axis holds all s
 ROW_FEATURES = P(_BATCH, None, "tensor")  # [b, s, f, ...]
 PER_DEVICE = P((_BATCH, _LENGTH))  # [1, ...] on each device, of its own tokens
-# [m or e, d, f] and [m or e, f, d], f split over the tensor axis.
-COLUMNS = P(None, None, "tensor")
-INNER = P(None, "tensor", None)
+# Weights [m or e, d, f] and [m or e, f, d], f split over the tensor axis; see _gathered for d.
+COLUMNS = P(None, "fsdp", "tensor")
+INNER = P(None, "tensor", "fsdp")
 
 
 class TokenAxes(NamedTuple):
@@ -68,16 +69,38 @@ def run_local(function: Callable, *operands: tuple[Any, P], tokens: tuple[int, i
         return function(*values)
     own = token_axes(*tokens)
     in_specs = tuple(_resolve(spec, own) for _, spec in operands)
-    return jax.shard_map(function, in_specs=in_specs, out_specs=_resolve(out, own))(*values)
+
+    def local(*values):
+        whole = (_gathered(value, spec) for value, spec in zip(values, in_specs, strict=True))
+        return function(*whole)
+
+    return jax.shard_map(local, in_specs=in_specs, out_specs=_resolve(out, own))(*values)
+
+
+def _gathered(weights: Any, spec: P) -> Any:
+    """Weights whole along the fsdp axis, where ``spec`` splits them over it.
+
+    Gathered here and not on the way in, their gradient is a reduce-scatter: what enters whole has
+    an all-reduce of the whole gradient, which not every compiler turns into one.
+    """
+    entries = tuple(spec)
+    if "fsdp" not in entries:
+        return weights
+    gather = functools.partial(
+        jax.lax.all_gather, axis_name="fsdp", axis=entries.index("fsdp"), tiled=True
+    )
+    return jax.tree.map(gather, weights)
 
 
 def _resolve(spec: P, own: TokenAxes) -> P:
-    meaning = {_BATCH: own.batch, _LENGTH: own.length}
+    # Where tokens are not split over the fsdp axis, weights come whole.
+    weights = ("fsdp",) if "fsdp" in own.batch else ()
+    meaning = {_BATCH: own.batch, _LENGTH: own.length, "fsdp": weights}
 
     def axes_of(entry):
         names = entry if isinstance(entry, tuple) else (entry,)
         found = tuple(axis for name in names for axis in meaning.get(name, (name,)))
-        return found or None
+        return (found if len(found) > 1 else found[0]) if found else None
 
     return P(*(None if entry is None else axes_of(entry) for entry in spec))
 
