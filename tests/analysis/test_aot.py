@@ -255,8 +255,9 @@ def accelerator(topology: str, *flags: str) -> dict:
     reason="libtpu is not installed: pip install 'moejax[tpu]'",
 )
 def test_a_step_for_tpus():
-    document = accelerator("v5e:2x4")
-    assert document["fits"] and document["device_kind"] == "TPU v5 lite"
+    # Eight of a mesh axis are no product of axes of a 4x4 slice.
+    document = accelerator("v6e:4x4", "mesh.fsdp=8", "data.batch_size=32")
+    assert document["fits"] and document["device_kind"] == "TPU v6 lite"
     assert document["collectives"]["all-reduce"]["bytes"] > 0
     assert not document["unread_loops"]
     refused = accelerator("v5e:2x4", "data.sequence_length=65536", "data.batch_size=64")
