@@ -26,7 +26,9 @@ def expected(report: dict) -> tuple[float, float]:
     gathers = 2 if microbatches == 1 else 3
     gathered = scattered = 0.0
     for name, row in report["shardings"].items():
-        n = math.prod(report["mesh"][axis] for axis in row["spec"] if axis is not None)
+        # An axis of an array is whole, split over one axis of the mesh, or over several.
+        split = (axes if isinstance(axes, list) else [axes] for axes in row["spec"] if axes)
+        n = math.prod(report["mesh"][axis] for axes in split for axis in axes)
         moved = BFLOAT16 * math.prod(row["shape"]) * (n - 1) / n
         gathered += microbatches * (gathers - (not name.startswith("stack/"))) * moved
         scattered += microbatches * moved

@@ -110,6 +110,16 @@ def test_fsdp_has_to_divide_the_width():
         check_mesh(Config(model=model, mesh=MeshConfig(data=1, fsdp=8)), 8)
 
 
+def test_a_slice_that_the_axes_do_not_follow_is_cut(monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 1 of size 64")
+
+    config = MeshConfig(data=2, fsdp=4)
+    usual = make_mesh(config, jax.devices()[:8])
+    monkeypatch.setattr(jax, "make_mesh", refuse)
+    assert make_mesh(config, jax.devices()[:8]) == usual
+
+
 def batch_of(rows=8, length=12):
     rng = np.random.default_rng(0)
     ids = lambda: rng.integers(16, 64, (rows, length)).astype(np.int32)
