@@ -49,10 +49,10 @@ def measured(case):
     document = compile_step(config, parse_topology("cpu8"))
     assert not document["unread_loops"]
     counts = {kind: one["count"] for kind, one in document["collectives"].items()}
-    specs = {
-        name: f"{'x'.join(map(str, one['shape']))} over {', '.join(axis or '-' for axis in one['spec'])}"
-        for name, one in document["shardings"].items()
-    }
+    specs = {}
+    for name, one in document["shardings"].items():
+        axes = ", ".join(axis or "-" for axis in one["spec"])
+        specs[name] = f"{'x'.join(map(str, one['shape']))} over {axes}"
     return specs, counts
 
 
