@@ -1,0 +1,305 @@
+"""Several processes, one run: how they start, agree, and end together.
+
+``jax.distributed`` is started once, before any device is asked for, when it is asked for
+(``--distributed``, ``MOEJAX_DISTRIBUTED``) or when jax finds the cluster that this process is part
+of (SLURM, Open MPI, Cloud TPU, Kubernetes). Every process then runs the same program. What one of
+them alone can know (a mistake in its files, a signal) is made known to all before anyone acts on
+it, so that none waits for another. Where jax.distributed was not started, all of this does nothing.
+"""
+
+import atexit
+import contextlib
+import functools
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax.errors import UserError
+
+FLAG, VARIABLE = "--distributed", "MOEJAX_DISTRIBUTED"
+FORM = "auto, off or COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID"
+# How long the processes of a run wait for each other at the start.
+START_SECONDS = 300
+# A process that was not heard of for so long is dead. A beat comes every half of it, so the others
+# end 30 to 45 seconds after a death that no broken connection tells of.
+HEARTBEAT_SECONDS = 30
+# How long one that is done waits for the others to be done.
+END_SECONDS = 60
+
+DIED = "a process of this run died; start the same command on all hosts to resume"
+_PEACE = "done"
+# Says its last line of input when the process that it watches is gone; jax's runtime ends a process
+# by abort(), which no Python code sees.
+_WATCHER = (
+    f'while read -r line; do last=$line; done; [ "$last" = {_PEACE} ] || '
+    'echo "moejax: error: $last" >&2'
+)
+_MESSAGE_BYTES = 2048
+
+
+class Address(NamedTuple):
+    """Where the processes meet, how many there are, and which one this is."""
+
+    coordinator: str
+    processes: int
+    process: int
+
+
+def parse_spec(text: str, field: str = FLAG) -> str | Address:
+    """``"auto"``, ``"off"`` or the :class:`Address` that ``"10.0.0.1:1234,4,0"`` gives.
+
+    Raises:
+      UserError: it is none of these; the message begins with ``field``.
+    """
+    if text in ("auto", "off"):
+        return text
+    match = re.fullmatch(r"(\S+:(\d+)),(\d+),(\d+)", text)
+    if match is None:
+        raise UserError(f"{field}={text}: is not {FORM}")
+    address = Address(match[1], int(match[3]), int(match[4]))
+    if not 0 < int(match[2]) < 2**16:
+        raise UserError(f"{field}={text}: {match[2]} is no port")
+    if address.process >= address.processes:
+        raise UserError(
+            f"{field}={text}: PROCESS_ID {address.process} is not below NUM_PROCESSES "
+            f"{address.processes}"
+        )
+    return address
+
+
+def start(
+    flag: str | None = None,
+    environ: Mapping[str, str] = os.environ,
+    timeout: int = START_SECONDS,
+) -> None:
+    """Joins this process to the others of its run; call it before any device is asked for.
+
+    Args:
+      flag: the value of ``--distributed``; None leaves it to ``MOEJAX_DISTRIBUTED``, then "auto".
+      environ: the environment variables.
+      timeout: seconds to wait for the others. A process that waited in vain says so and exits with
+        2: the runtime would abort it.
+
+    Raises:
+      UserError: a spec that is none, or a cluster that was found but cannot be joined.
+    """
+    field, text = (VARIABLE, environ.get(VARIABLE) or "auto") if flag is None else (FLAG, flag)
+    spec = parse_spec(text, field)
+    # A job step of one task: several of them on a host would take the same port.
+    if spec == "off" or (spec == "auto" and environ.get("SLURM_NTASKS") == "1"):
+        return
+    if jax.distributed.is_initialized():
+        return
+    # Else its handler takes SIGTERM, which loop and StopSignals answer.
+    jax.config.update("jax_enable_preemption_service", False)
+    if isinstance(spec, Address):
+        _join(f"{field}={text}", spec, timeout)
+    elif not _join_cluster(field, timeout):
+        _check_no_pod(field, environ)
+
+
+def _join(given: str, address: Address, timeout: int) -> None:
+    watcher = _watch(f"{given}: could not join the run (the cause is above)")
+    timer = threading.Timer(timeout, _give_up, (given, address, timeout))
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            address.coordinator,
+            address.processes,
+            address.process,
+            cluster_detection_method="deactivate",
+            **_timeouts(timeout),
+        )
+    except jax.errors.JaxRuntimeError as error:
+        _tell(watcher, _PEACE)
+        raise UserError(
+            f"{given}: {_line(error)}; is the port free, and this host the coordinator?"
+        ) from error
+    finally:
+        timer.cancel()
+    _tell(watcher, DIED)
+
+
+def _join_cluster(field: str, timeout: int) -> bool:
+    """Joins the cluster that jax detects; False if there is none."""
+    watcher = _watch("could not join the other processes of this cluster job (the cause is above)")
+    try:
+        with warnings.catch_warnings():
+            # A pod is not always one of several: _check_no_pod says it where it is.
+            warnings.filterwarnings("ignore", message="Kubernetes environment")
+            jax.distributed.initialize(**_timeouts(timeout))
+    except Exception as error:
+        _tell(watcher, _PEACE)
+        if isinstance(error, ValueError) and "should be defined" in str(error):
+            return False
+        raise UserError(
+            f"{field}=auto: this seems to be a process of a cluster job, but {_line(error)}; give "
+            f"{FLAG} COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID, or {FLAG} off to run alone"
+        ) from error
+    _tell(watcher, DIED)
+    return True
+
+
+def _check_no_pod(field: str, environ: Mapping[str, str]) -> None:
+    """UserError in a pod of an indexed Kubernetes job, whose siblings jax could not look up."""
+    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
+        raise UserError(
+            f"{field}=auto: this is a pod of a Kubernetes job, and jax finds the others by the "
+            f"package kubernetes: pip install 'jax[k8s]', or give {FLAG} "
+            f"COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID, or {FLAG} off to run alone"
+        )
+
+
+def _timeouts(timeout: int) -> dict[str, int]:
+    return {
+        # The timer of _join comes first, with a better message.
+        "initialization_timeout": timeout + 30,
+        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
+        "shutdown_timeout_seconds": END_SECONDS,
+    }
+
+
+def _give_up(given: str, address: Address, timeout: int) -> None:
+    host, _, port = address.coordinator.rpartition(":")
+    why = (
+        f"not all {address.processes} processes came within {timeout} s; start one for each "
+        f"PROCESS_ID from 0 to {address.processes - 1}"
+    )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        why = (
+            f"no coordinator answered within {timeout} s ({_line(error)}); it is the process with "
+            "PROCESS_ID 0, on the host that is named"
+        )
+    print(f"moejax: error: {given}: {why}", file=sys.stderr, flush=True)
+    for watcher in _watchers:
+        _tell(watcher, _PEACE)
+    os._exit(2)
+
+
+_watchers: list[subprocess.Popen] = []
+
+
+def _watch(line: str) -> subprocess.Popen:
+    """A shell that prints the last line told to it once this process has ended without a word."""
+    watcher = subprocess.Popen(
+        ["/bin/sh", "-c", _WATCHER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        # Ctrl-C is for the run, whose last words are still to come.
+        start_new_session=True,
+    )
+    _watchers.append(watcher)
+    _tell(watcher, line)
+    atexit.register(_tell, watcher, _PEACE)
+    return watcher
+
+
+def _tell(watcher: subprocess.Popen, line: str) -> None:
+    assert watcher.stdin is not None
+    with contextlib.suppress(OSError):
+        watcher.stdin.write(f"{line}\n".encode())
+        watcher.stdin.flush()
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def several() -> bool:
+    """Whether this process is one of several of a run."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def primary() -> bool:
+    """Whether this is the process that prints and writes."""
+    return not several() or jax.process_index() == 0
+
+
+def share(value: np.ndarray) -> jax.Array:
+    """``[devices, ...]``: the ``value`` of each device's process, whole on every device.
+
+    A collective: every process calls it, with values of one shape and type. It returns at once;
+    ``np.asarray`` of the result waits for the others.
+    """
+    sharded, whole = _shardings()
+    shape = (jax.device_count(), *value.shape)
+    own = jax.make_array_from_callback(shape, sharded, lambda index: value[None])
+    return _copy(whole)(own)
+
+
+@functools.cache
+def _shardings() -> tuple[NamedSharding, NamedSharding]:
+    devices = np.asarray(jax.devices())
+    mesh = jax.sharding.Mesh(devices, ("devices",), axis_types=(AxisType.Auto,))
+    return NamedSharding(mesh, P("devices")), NamedSharding(mesh, P())
+
+
+@functools.cache
+def _copy(sharding: NamedSharding) -> Any:
+    return jax.jit(lambda x: x, out_shardings=sharding)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A UserError in one process, inside, is raised in all of them: none waits for another."""
+    if not several():
+        yield
+        return
+    message = b""
+    try:
+        yield
+    except UserError as error:
+        message = str(error).encode() or b"?"
+    padded = np.zeros(_MESSAGE_BYTES, np.uint8)
+    padded[: len(message[:_MESSAGE_BYTES])] = list(message[:_MESSAGE_BYTES])
+    for row in np.asarray(share(padded)):
+        if row.any():
+            raise UserError(bytes(row).rstrip(b"\0").decode(errors="replace"))
+
+
+def check_same(facts: Mapping[str, str]) -> None:
+    """UserError unless every process has the same ``facts``; names the first that differs."""
+    if not several():
+        return
+    hashes = np.asarray([zlib.crc32(text.encode()) for text in facts.values()], np.uint32)
+    for name, column in zip(facts, np.asarray(share(hashes)).T, strict=True):
+        if (column != column[0]).any():
+            raise UserError(
+                f"{name}: is not the same in all {jax.process_count()} processes of this run; "
+                "start the same command everywhere, with data and a --workdir that all hosts see"
+            )
+
+
+@contextlib.contextmanager
+def ends_at_once(*expected: type[BaseException]) -> Iterator[None]:
+    """An exception inside that is not ``expected`` ends this process of several at once, with 1.
+
+    Closing files and leaving in good order would wait for the others, which wait for this one.
+    """
+    try:
+        yield
+    except expected:
+        raise
+    except BaseException:
+        if not several():
+            raise
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
