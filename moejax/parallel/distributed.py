@@ -19,7 +19,7 @@ import threading
 import traceback
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -39,14 +39,8 @@ HEARTBEAT_SECONDS = 30
 # How long one that is done waits for the others to be done.
 END_SECONDS = 60
 
+# The runtime ends a process by abort() when another one died, which no Python code sees.
 DIED = "a process of this run died; start the same command on all hosts to resume"
-_PEACE = "done"
-# Says its last line of input when the process that it watches is gone; jax's runtime ends a process
-# by abort(), which no Python code sees.
-_WATCHER = (
-    f'while read -r line; do last=$line; done; [ "$last" = {_PEACE} ] || '
-    'echo "moejax: error: $last" >&2'
-)
 _MESSAGE_BYTES = 2048
 
 
@@ -109,14 +103,35 @@ def start(
         _join(f"{field}={text}", spec, timeout)
     elif not _join_cluster(field, timeout):
         _check_no_pod(field, environ)
+        return
+    _watch()
 
 
 def _join(given: str, address: Address, timeout: int) -> None:
-    watcher = _watch(f"{given}: could not join the run (the cause is above)")
-    timer = threading.Timer(timeout, _give_up, (given, address, timeout))
-    timer.daemon = True
-    timer.start()
-    try:
+    host, _, port = address.coordinator.rpartition(":")
+    if address.process == 0:
+        # A taken port can end jax's runtime by a fault of memory.
+        try:
+            socket.create_server(("", int(port))).close()
+        except OSError as error:
+            raise UserError(
+                f"{given}: port {port} cannot be opened ({_line(error)}); name a free one"
+            ) from error
+
+    def why() -> str:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            return (
+                f"{given}: no coordinator answered within {timeout} s ({_line(error)}); it is the "
+                "process with PROCESS_ID 0, on the host that is named"
+            )
+        return (
+            f"{given}: not all {address.processes} processes came within {timeout} s; start one "
+            f"for each PROCESS_ID from 0 to {address.processes - 1}"
+        )
+
+    with _deadline(why, timeout):
         jax.distributed.initialize(
             address.coordinator,
             address.processes,
@@ -124,33 +139,26 @@ def _join(given: str, address: Address, timeout: int) -> None:
             cluster_detection_method="deactivate",
             **_timeouts(timeout),
         )
-    except jax.errors.JaxRuntimeError as error:
-        _tell(watcher, _PEACE)
-        raise UserError(
-            f"{given}: {_line(error)}; is the port free, and this host the coordinator?"
-        ) from error
-    finally:
-        timer.cancel()
-    _tell(watcher, DIED)
 
 
 def _join_cluster(field: str, timeout: int) -> bool:
     """Joins the cluster that jax detects; False if there is none."""
-    watcher = _watch("could not join the other processes of this cluster job (the cause is above)")
+    mend = f"give {FLAG} COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID, or {FLAG} off to run alone"
+    found = f"{field}=auto: this is a process of a cluster job, "
+    late = f"{found}whose others did not all come within {timeout} s; {mend}"
     try:
-        with warnings.catch_warnings():
+        with (
+            _deadline(lambda: late, timeout),
+            warnings.catch_warnings(),
+        ):
             # A pod is not always one of several: _check_no_pod says it where it is.
-            warnings.filterwarnings("ignore", message="Kubernetes environment")
+            warnings.filterwarnings("ignore", message="(?s).*Kubernetes environment")
             jax.distributed.initialize(**_timeouts(timeout))
+    # What the detection may raise is not specified.
     except Exception as error:
-        _tell(watcher, _PEACE)
         if isinstance(error, ValueError) and "should be defined" in str(error):
             return False
-        raise UserError(
-            f"{field}=auto: this seems to be a process of a cluster job, but {_line(error)}; give "
-            f"{FLAG} COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID, or {FLAG} off to run alone"
-        ) from error
-    _tell(watcher, DIED)
+        raise UserError(f"{found}but {_line(error)}; {mend}") from error
     return True
 
 
@@ -166,55 +174,42 @@ def _check_no_pod(field: str, environ: Mapping[str, str]) -> None:
 
 def _timeouts(timeout: int) -> dict[str, int]:
     return {
-        # The timer of _join comes first, with a better message.
+        # jax's own aborts the process: _deadline comes first.
         "initialization_timeout": timeout + 30,
         "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
         "shutdown_timeout_seconds": END_SECONDS,
     }
 
 
-def _give_up(given: str, address: Address, timeout: int) -> None:
-    host, _, port = address.coordinator.rpartition(":")
-    why = (
-        f"not all {address.processes} processes came within {timeout} s; start one for each "
-        f"PROCESS_ID from 0 to {address.processes - 1}"
-    )
+@contextlib.contextmanager
+def _deadline(why: Callable[[], str], timeout: int) -> Iterator[None]:
+    """Says ``why()`` and exits with 2 where what is inside takes more than ``timeout`` seconds."""
+
+    def give_up() -> None:
+        print(f"moejax: error: {why()}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(timeout, give_up)
+    timer.daemon = True
+    timer.start()
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-    except OSError as error:
-        why = (
-            f"no coordinator answered within {timeout} s ({_line(error)}); it is the process with "
-            "PROCESS_ID 0, on the host that is named"
-        )
-    print(f"moejax: error: {given}: {why}", file=sys.stderr, flush=True)
-    for watcher in _watchers:
-        _tell(watcher, _PEACE)
-    os._exit(2)
+        yield
+    finally:
+        timer.cancel()
 
 
-_watchers: list[subprocess.Popen] = []
-
-
-def _watch(line: str) -> subprocess.Popen:
-    """A shell that prints the last line told to it once this process has ended without a word."""
+def _watch() -> None:
+    """Leaves a shell behind that says DIED once this process is gone without having ended."""
+    script = f"read -r _ || echo 'moejax: error: {DIED}' >&2"
     watcher = subprocess.Popen(
-        ["/bin/sh", "-c", _WATCHER],
+        ["/bin/sh", "-c", script],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         # Ctrl-C is for the run, whose last words are still to come.
         start_new_session=True,
     )
-    _watchers.append(watcher)
-    _tell(watcher, line)
-    atexit.register(_tell, watcher, _PEACE)
-    return watcher
-
-
-def _tell(watcher: subprocess.Popen, line: str) -> None:
     assert watcher.stdin is not None
-    with contextlib.suppress(OSError):
-        watcher.stdin.write(f"{line}\n".encode())
-        watcher.stdin.flush()
+    atexit.register(watcher.communicate, b"ended\n")
 
 
 def _line(error: BaseException) -> str:
