@@ -74,35 +74,24 @@ def parse_spec(text: str, field: str = FLAG) -> str | Address:
     return address
 
 
-def start(
-    flag: str | None = None,
-    environ: Mapping[str, str] = os.environ,
-    timeout: int = START_SECONDS,
-) -> None:
+def start(flag: str | None = None, timeout: int = START_SECONDS) -> None:
     """Joins this process to the others of its run; call it before any device is asked for.
 
     Args:
       flag: the value of ``--distributed``; None leaves it to ``MOEJAX_DISTRIBUTED``, then "auto".
-      environ: the environment variables.
       timeout: seconds to wait for the others. A process that waited in vain says so and exits with
         2: the runtime would abort it.
 
     Raises:
       UserError: a spec that is none, or a cluster that was found but cannot be joined.
     """
-    field, text = (VARIABLE, environ.get(VARIABLE) or "auto") if flag is None else (FLAG, flag)
+    field, text = (FLAG, flag) if flag is not None else (VARIABLE, os.environ.get(VARIABLE, "auto"))
     spec = parse_spec(text, field)
-    # A job step of one task: several of them on a host would take the same port.
-    if spec == "off" or (spec == "auto" and environ.get("SLURM_NTASKS") == "1"):
+    if spec == "off" or jax.distributed.is_initialized():
         return
-    if jax.distributed.is_initialized():
-        return
-    # Else its handler takes SIGTERM, which loop and StopSignals answer.
-    jax.config.update("jax_enable_preemption_service", False)
     if isinstance(spec, Address):
         _join(f"{field}={text}", spec, timeout)
-    elif not _join_cluster(field, timeout):
-        _check_no_pod(field, environ)
+    elif not _join_cluster(f"{field}={text}", timeout):
         return
     _watch()
 
@@ -132,53 +121,62 @@ def _join(given: str, address: Address, timeout: int) -> None:
         )
 
     with _deadline(why, timeout):
-        jax.distributed.initialize(
-            address.coordinator,
-            address.processes,
-            address.process,
+        _initialize(
+            timeout,
+            coordinator_address=address.coordinator,
+            num_processes=address.processes,
+            process_id=address.process,
             cluster_detection_method="deactivate",
-            **_timeouts(timeout),
         )
 
 
-def _join_cluster(field: str, timeout: int) -> bool:
-    """Joins the cluster that jax detects; False if there is none."""
+def _join_cluster(given: str, timeout: int) -> bool:
+    """Joins the cluster job that jax finds this process in; False if there is none."""
     mend = f"give {FLAG} COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID, or {FLAG} off to run alone"
-    found = f"{field}=auto: this is a process of a cluster job, "
-    late = f"{found}whose others did not all come within {timeout} s; {mend}"
+    found = f"{given}: this is a process of a cluster job"
+    late = f"{found}, and not all others came within {timeout} s; {mend}"
     try:
-        with (
-            _deadline(lambda: late, timeout),
-            warnings.catch_warnings(),
-        ):
-            # A pod is not always one of several: _check_no_pod says it where it is.
-            warnings.filterwarnings("ignore", message="(?s).*Kubernetes environment")
-            jax.distributed.initialize(**_timeouts(timeout))
-    # What the detection may raise is not specified.
-    except Exception as error:
-        if isinstance(error, ValueError) and "should be defined" in str(error):
+        if detect() < 2:
             return False
-        raise UserError(f"{found}but {_line(error)}; {mend}") from error
+        with _deadline(lambda: late, timeout):
+            _initialize(timeout)
+    # What a detection raises is nowhere said.
+    except Exception as error:
+        raise UserError(f"{found}, but {_line(error)}; {mend}") from error
     return True
 
 
-def _check_no_pod(field: str, environ: Mapping[str, str]) -> None:
-    """UserError in a pod of an indexed Kubernetes job, whose siblings jax could not look up."""
-    if "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ:
-        raise UserError(
-            f"{field}=auto: this is a pod of a Kubernetes job, and jax finds the others by the "
-            f"package kubernetes: pip install 'jax[k8s]', or give {FLAG} "
-            f"COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID, or {FLAG} off to run alone"
-        )
+def detect() -> int:
+    """How many processes the cluster job has that jax finds this process in; 1 where it finds none.
+
+    jax would join a job of one as well, and several jobs of one on a host would take one port.
+    """
+    from jax._src import clusters
+
+    # A pod is not always one of several; where it is, its number is there.
+    indexed = "JOB_COMPLETION_INDEX" in os.environ
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for kind in clusters.ClusterEnv._cluster_types:
+            if kind.opt_in_only_method or (kind is clusters.K8sCluster and not indexed):
+                continue
+            if kind.is_env_present():
+                return kind.get_process_count()
+    if "KUBERNETES_SERVICE_HOST" in os.environ and indexed:
+        raise ModuleNotFoundError("jax looks its pods up by kubernetes: pip install 'jax[k8s]'")
+    return 1
 
 
-def _timeouts(timeout: int) -> dict[str, int]:
-    return {
-        # jax's own aborts the process: _deadline comes first.
-        "initialization_timeout": timeout + 30,
-        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
-        "shutdown_timeout_seconds": END_SECONDS,
-    }
+def _initialize(timeout: int, **address: Any) -> None:
+    # Else a handler of its own takes the SIGTERM that StopSignals answers.
+    jax.config.update("jax_enable_preemption_service", False)
+    jax.distributed.initialize(
+        **address,
+        # jax's own aborts the process: that of _deadline comes first.
+        initialization_timeout=timeout + 30,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=END_SECONDS,
+    )
 
 
 @contextlib.contextmanager
