@@ -38,9 +38,7 @@ TINY = (
     "log.every=2",
     "eval.every=6",
     "eval.batches=2",
-)
-# Split over two devices, with a loss and a bias that look at the whole batch.
-EXPERTS = (
+    # Experts over two devices, with a loss and biases that look at the whole batch.
     "model.block_pattern=('moe',)",
     "model.moe.num_experts=4",
     "model.moe.hidden=32",
@@ -130,19 +128,24 @@ def assert_same_rows(ours, theirs):
 
 
 def assert_same_curve(one, other):
-    """All rows, and what was saved at the end."""
+    """All rows, and the parameters at the end."""
     assert_same_rows(*(read_rows(workdir / "metrics.jsonl") for workdir in (one, other)))
-    ours, theirs = (saved_arrays(workdir / "checkpoints", 12) for workdir in (one, other))
+    ours, theirs = (saved_params(workdir / "checkpoints", 12) for workdir in (one, other))
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], 1e-9, atol=1e-12, err_msg=name)
 
 
-def saved_arrays(folder, step):
+def saved_params(folder, step):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     checkpoints = Checkpoints(folder, read_only=True)
     try:
         with jax.enable_x64():
-            return checkpoints.arrays(step)
+            wanted = {
+                name: jax.ShapeDtypeStruct(shape, np.float64, sharding=here)
+                for name, shape in checkpoints.param_shapes(step).items()
+            }
+            return checkpoints.restore_params(step, wanted)
     finally:
         checkpoints.close()
 
@@ -263,11 +266,10 @@ def test_two_processes_equal_one(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("experts", [(), EXPERTS], ids=["dense", "experts"])
-def test_a_run_of_two_goes_on_in_one_and_in_four(tmp_path, experts):
-    overrides, logs = (*TINY, *experts), tmp_path / "logs"
-    one = finish(QUICKSTART, tmp_path / "one", logs / "one", 1, 4, overrides)
-    two = finish(QUICKSTART, tmp_path / "two", logs / "two", 2, 2, overrides)
+def test_a_run_of_two_goes_on_in_one_and_in_four(tmp_path):
+    logs = tmp_path / "logs"
+    one = finish(QUICKSTART, tmp_path / "one", logs / "one", 1, 4, TINY)
+    two = finish(QUICKSTART, tmp_path / "two", logs / "two", 2, 2, TINY)
     assert_same_curve(one, two)
     for processes, devices in ((1, 2), (4, 1)):
         resumed = tmp_path / f"two_then_{processes}"
@@ -275,7 +277,7 @@ def test_a_run_of_two_goes_on_in_one_and_in_four(tmp_path, experts):
         # As if it had been killed after step 4.
         for step in (8, 12):
             shutil.rmtree(resumed / "checkpoints" / str(step))
-        finish(QUICKSTART, resumed, logs / str(processes), processes, devices, overrides)
+        finish(QUICKSTART, resumed, logs / str(processes), processes, devices, TINY)
         assert "resumed from step 4" in (logs / str(processes) / "0.log").read_text()
         assert_same_curve(one, resumed)
 
@@ -319,17 +321,23 @@ def test_a_signal_to_one_stops_both_at_one_step(tmp_path):
     assert int(line.split()[3].rstrip(";")) == saved_steps(tmp_path / "run" / "checkpoints")[-1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides, own, message",
     [
         # More processes than rows.
         (["data.batch_size=2", "optim.accumulation_steps=1"], {}, "data.batch_size=2: 2 rows do"),
-        (["mesh.fsdp=3"], {}, "mesh.data=-1: the other axes need 3 devices"),
-        ([], {1: ["--config.train.seed=5"]}, "--config: is not the same in all 2 processes"),
         # The mistake of one is said by all.
         ([], {1: ["--workdir", "/dev/null"]}, "--workdir /dev/null: is a file"),
+        pytest.param(
+            *(["mesh.fsdp=3"], {}, "mesh.data=-1: the other axes need 3 devices"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *([], {1: ["--config.train.seed=5"]}, "--config: is not the same in all 2 processes"),
+            marks=pytest.mark.slow,
+        ),
     ],
+    ids=["rows", "workdir", "mesh", "config"],
 )
 def test_a_mistake_is_one_line_in_every_process(tmp_path, overrides, own, message):
     with Job(BIGRAM, tmp_path / "run", tmp_path / "logs", 2, 2, overrides, own) as job:
