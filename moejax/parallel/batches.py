@@ -1,6 +1,6 @@
 """Rows of a batch on the devices that hold them, on one host or on many."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,7 +23,7 @@ class HostRows(NamedTuple):
 
 def host_rows(mesh: Mesh, batch_size: int) -> HostRows:
     """The rows of a batch on ``mesh`` that this process makes: all, if it is alone."""
-    places = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    places: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     held = {row for (rows,) in places.values() for row in range(batch_size)[rows]}
     return HostRows(batch_size, tuple(sorted(held)))
 
@@ -41,7 +41,7 @@ def put_batch(batch: dict, mesh: Mesh, rows: HostRows | None = None) -> dict:
     def put(x: np.ndarray) -> jax.Array:
         size, held = rows or (len(x), range(len(x)))
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             places = np.searchsorted(held, range(size)[index[0]])
             return x[(places, *index[1:])]
 
