@@ -33,8 +33,8 @@ FLAG, VARIABLE = "--distributed", "MOEJAX_DISTRIBUTED"
 FORM = "auto, off or COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID"
 # How long the processes of a run wait for each other at the start.
 START_SECONDS = 300
-# A process that was not heard of for so long is dead. A beat comes every half of it, so the others
-# end 30 to 45 seconds after a death that no broken connection tells of.
+# A process that was not heard of for so long is dead, and jax's runtime ends the others. A broken
+# connection tells of most deaths within a second.
 HEARTBEAT_SECONDS = 30
 # How long one that is done waits for the others to be done.
 END_SECONDS = 60
