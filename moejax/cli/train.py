@@ -37,6 +37,13 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="with --sweep: print the command of each point"
     )
+    parser.add_argument(
+        "--distributed",
+        metavar="SPEC",
+        help="start this process as one of several: auto (the default: where a cluster is found), "
+        "off, or COORDINATOR:PORT,NUM_PROCESSES,PROCESS_ID; also by MOEJAX_DISTRIBUTED "
+        "(docs/multihost.md)",
+    )
     args = parser.parse(argv)
     if not args.config and not args.workdir:
         raise UserError("--config: give a config, e.g. --config quickstart")
@@ -47,8 +54,11 @@ def run(argv: Sequence[str]) -> int:
     config = config_from(args)
     workdir = default_workdir(args, config)
 
+    from moejax.parallel import distributed
     from moejax.train.loop import NonFiniteLoss, train
     from moejax.train.sweep import is_finished
+
+    distributed.start(args.distributed)
 
     # With --json stdout carries the document alone.
     aside = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
@@ -58,7 +68,7 @@ def run(argv: Sequence[str]) -> int:
     except NonFiniteLoss as error:
         print(f"moejax: error: {error}", file=sys.stderr)
         return 1
-    if args.json:
+    if args.json and distributed.primary():
         print_json({"workdir": str(workdir), **values})
     return 0 if is_finished(config, workdir) else STOPPED
 
@@ -80,12 +90,14 @@ def _sweep(args: argparse.Namespace) -> int:
             print("\n".join(map(shlex.join, commands)))
         return 0
 
+    from moejax.parallel import distributed
     from moejax.train.sweep import run_sweep
 
+    distributed.start(args.distributed)
     aside = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
     with aside:
         rows = run_sweep(points, workdir)
-    if args.json:
+    if args.json and distributed.primary():
         print_json({"workdir": str(workdir), "points": rows})
     return 1 if any(row["status"] == "failed" for row in rows) else 0
 

@@ -4,7 +4,7 @@ import abc
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -25,16 +25,16 @@ class Pipeline(Protocol):
     steps_per_epoch: int
     version: str
 
-    def batch(self, step: int) -> Batch:
-        """The batch of training step ``step`` (from 0)."""
+    def batch(self, step: int, rows: Sequence[int] | None = None) -> Batch:
+        """The batch of training step ``step`` (from 0), or these ``rows`` of it."""
         ...
 
     def record_ids(self, step: int) -> list[str]:
         """Ids of the records in that batch."""
         ...
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
-        """Batches from ``start_step`` on, for ever, made ahead by a thread."""
+    def batches(self, start_step: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
+        """:meth:`batch` of ``start_step``, and on for ever, made ahead by a thread."""
         ...
 
     def eval_batches(self, limit: int = 0) -> Iterator[Batch]:
@@ -77,24 +77,31 @@ class RowPipeline(abc.ABC):
         row = self.row(0)
         return {**row, "weights": np.zeros_like(row["weights"])}
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, rows: Sequence[int] | None = None) -> Batch:
         size = self.config.data.batch_size
-        return stack_rows([self.row(step * size + i) for i in range(size)])
+        held = range(size) if rows is None else rows
+        return stack_rows([self.row(step * size + i) for i in held])
 
     def record_ids(self, step: int) -> list[str]:
         size = self.config.data.batch_size
         rows = range(step * size, (step + 1) * size)
         return [self.source[record]["id"] for row in rows for record in self.row_records(row)]
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
+    def batches(self, start_step: int, rows: Sequence[int] | None = None) -> Iterator[Batch]:
         import grain
 
         size, ahead = self.config.data.batch_size, self.config.data.prefetch
-        rows = grain.MapDataset.source(_PlanSource(self.row))
-        rows = rows.slice(slice(start_step * size, None)).batch(size)
+        held = range(size) if rows is None else rows
+
+        def row(index: int) -> Batch:
+            step, place = divmod(index, len(held))
+            return self.row(step * size + held[place])
+
+        data = grain.MapDataset.source(_PlanSource(row))
+        data = data.slice(slice(start_step * len(held), None)).batch(len(held))
         # Batches are cheap to make: one thread is enough to stay ahead of the step.
         options = grain.ReadOptions(num_threads=min(ahead, 1), prefetch_buffer_size=ahead)
-        return iter(rows.to_iter_dataset(options))
+        return iter(data.to_iter_dataset(options))
 
     def eval_batches(self, limit: int = 0) -> Iterator[Batch]:
         size = self.config.data.batch_size

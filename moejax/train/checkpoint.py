@@ -17,6 +17,7 @@ import jax
 from flax import serialization
 
 from moejax.errors import UserError
+from moejax.parallel import distributed
 from moejax.train.evaluate import metric_score
 from moejax.train.optim import path_name
 from moejax.train.state import TrainState
@@ -238,7 +239,7 @@ class Checkpoints:
             self._measured[step] = score
 
     def _empty_trash(self) -> None:
-        if not self._read_only:
+        if not self._read_only and distributed.primary():
             shutil.rmtree(self.folder / _TRASH, ignore_errors=True)
 
 

@@ -23,7 +23,8 @@ from moejax.config import Registry
 from moejax.config.schema import Config, EvalConfig
 from moejax.data.records import SPLITS
 from moejax.errors import UserError, did_you_mean
-from moejax.parallel.mesh import batch_sharding
+from moejax.parallel.batches import put_batch
+from moejax.parallel.mesh import replicated
 
 # What the names of a baseline's values begin with, and its title in the table.
 BASELINES = {
@@ -179,8 +180,12 @@ class EvalContext:
         return dataclasses.replace(self, split=split, pipeline=self.others[split])
 
     def program(self, name: str, function: Callable) -> Callable:
-        """``jax.jit(function)``, compiled once per run: ``name`` must stand for one function."""
-        return self.programs.setdefault(name, jax.jit(function))
+        """``jax.jit(function)``, compiled once per run: ``name`` must stand for one function.
+
+        Its outputs are whole on every device, so that every host can read them.
+        """
+        jitted = jax.jit(function, out_shardings=replicated(self.mesh))
+        return self.programs.setdefault(name, jitted)
 
     def kept(self, name: str, make: Callable[[], Any]) -> Any:
         """What ``make()`` returned at the first call with this name."""
@@ -189,14 +194,12 @@ class EvalContext:
         return self.programs[name]
 
     def batches(self) -> Iterator[tuple[dict, dict]]:
-        """One pass over (at most ``eval.batches`` batches of) the split: (numpy, on device)."""
+        """One pass over (at most ``eval.batches`` batches of) the split: (numpy, on device).
+
+        Each host makes whole batches, from which evaluators count on every one the same.
+        """
         for batch in self.pipeline.eval_batches(self.config.eval.batches):
             yield batch, put_batch(batch, self.mesh)
-
-
-def put_batch(batch: dict, mesh: jax.sharding.Mesh) -> dict:
-    """The numpy arrays of ``batch`` on the devices, rows over the data axes."""
-    return jax.device_put(batch, batch_sharding(mesh))
 
 
 def evaluate(context: EvalContext) -> dict[str, float]:

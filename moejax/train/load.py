@@ -14,6 +14,7 @@ from moejax.config import freeze
 from moejax.config.packages import import_recorded
 from moejax.config.schema import Config, MeshConfig
 from moejax.errors import UserError
+from moejax.parallel.batches import put_batch
 from moejax.parallel.mesh import check_mesh
 from moejax.train.checkpoint import Checkpoints, saved_steps
 from moejax.train.evaluate import (
@@ -21,7 +22,6 @@ from moejax.train.evaluate import (
     eval_plans,
     evaluate,
     on_split,
-    put_batch,
     with_metrics,
 )
 from moejax.train.setup import ModelSetup, open_pipeline, prepare_model

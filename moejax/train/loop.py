@@ -13,6 +13,10 @@ from moejax.analysis.flops import BACKWARD_AND_FORWARD, flops_per_token
 from moejax.analysis.params import param_table
 from moejax.analysis.trace import PROGRAM
 from moejax.config.schema import Config
+from moejax.errors import UserError
+from moejax.parallel import distributed
+from moejax.parallel.batches import host_rows, put_batch
+from moejax.parallel.mesh import replicated
 from moejax.train import workdir as workdirs
 from moejax.train.checkpoint import Checkpoints, saved_steps
 from moejax.train.evaluate import (
@@ -21,7 +25,6 @@ from moejax.train.evaluate import (
     Patience,
     eval_plans,
     format_table,
-    put_batch,
     run_evaluators,
 )
 from moejax.train.progress import Progress, format_count
@@ -38,6 +41,10 @@ from moejax.train.writers import MetricWriter, open_sinks, read_rows, save_array
 GO_ON = "with a larger eval.patience (0: none) the same command goes on"
 
 
+# How long a host looks for what another one wrote to the workdir.
+SEEN_SECONDS = 60
+
+
 class NonFiniteLoss(RuntimeError):
     """Too many steps in a row had a loss or gradient that is not finite."""
 
@@ -48,6 +55,10 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
     The run is exact: stopped at any moment, also by ``kill -9``, and started again with the same
     arguments, it ends with the same parameters and metric rows as one that was never stopped. On
     SIGTERM or Ctrl-C it saves and returns.
+
+    Where jax.distributed was started (moejax.parallel.distributed.start), every process calls this
+    with the same arguments and a workdir that all see; the first one prints and writes. A mistake
+    or a signal in one of them ends all; an unexpected exception ends its process at once.
 
     Args:
       config: the experiment.
@@ -60,33 +71,59 @@ def train(config: Config, workdir: str | os.PathLike) -> dict[str, float]:
       UserError: a mistake in the config, the data or the workdir; nothing was written.
       NonFiniteLoss: after ``train.max_skipped`` skipped steps in a row.
     """
-    workdir = Path(workdir)
-    record = workdirs.check_workdir(workdir, config)
-    steps = saved_steps(workdir / "checkpoints")
-    if steps and steps[-1] >= config.train.steps:
-        print(f"{workdir}: already trained to step {steps[-1]} of {config.train.steps}")
+    with _all_or_none():
+        return _train(config, Path(workdir))
+
+
+def _all_or_none() -> contextlib.AbstractContextManager:
+    # These two are raised in every process of a run or in none.
+    return distributed.ends_at_once(UserError, NonFiniteLoss)
+
+
+def _train(config: Config, workdir: Path) -> dict[str, float]:
+    with distributed.together():
+        record = workdirs.check_workdir(workdir, config)
+        steps = saved_steps(workdir / "checkpoints")
+    distributed.check_same({"--config": repr(config), "--workdir": f"{record} {steps}"})
+    if steps and (finished := _finished(config, workdir, steps[-1])):
+        if distributed.primary():
+            print(f"{workdir}: {finished}")
         return last_values(workdir)
-    if steps and (patience := recorded_patience(config, workdir, steps[-1])).exhausted:
-        print(f"{workdir}: stopped early, finished: {patience.describe()}; {GO_ON}")
-        return last_values(workdir)
-    setup = prepare(config)
-    workdirs.check_data_version(workdir, record, setup.pipeline.version)
-    made_with = surroundings(setup)
-    start = None if steps else plan_start(setup, workdir)
+    with distributed.together():
+        setup = prepare(config)
+        workdirs.check_data_version(workdir, record, setup.pipeline.version)
+        made_with = surroundings(setup)
+        start = None if steps else plan_start(setup, workdir)
+    distributed.check_same({"data.source": setup.pipeline.version})
     with StopSignals() as stop, contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(setup.mesh))
         run = _Run(setup, workdir, stop, start)
         for change in workdirs.changed_surroundings(record, made_with):
             run.progress.say(f"warning: not bit for bit as before: {change}")
-        # A new folder is never without its config.json; an old one keeps it until the restored
-        # state has been found to fit.
-        if record is None:
-            workdirs.write_record(workdir, config, made_with)
-        run.open(stack)
-        if record is not None:
-            workdirs.write_record(workdir, config, made_with)
-        run.go()
-    return last_values(workdir)
+        with _all_or_none():
+            # A new folder is never without its config.json; an old one keeps it until the restored
+            # state has been found to fit.
+            if record is None:
+                with distributed.together():
+                    if run.primary:
+                        workdirs.write_record(workdir, config, made_with)
+                with distributed.together():
+                    workdirs.await_record(workdir, SEEN_SECONDS)
+            run.open(stack)
+            if record is not None and run.primary:
+                workdirs.write_record(workdir, config, made_with)
+            run.go()
+    # Only now has the first process closed its files.
+    with distributed.together():
+        return last_values(workdir)
+
+
+def _finished(config: Config, workdir: Path, step: int) -> str:
+    """Why a run whose newest checkpoint is of ``step`` is at its end; "" if it is not."""
+    if step >= config.train.steps:
+        return f"already trained to step {step} of {config.train.steps}"
+    patience = recorded_patience(config, workdir, step)
+    return f"stopped early, finished: {patience.describe()}; {GO_ON}" if patience.exhausted else ""
 
 
 def last_values(workdir: Path) -> dict[str, float]:
@@ -113,7 +150,7 @@ class _Run:
         self.sources = [spec for spec, _ in config.data.sources]
         folder = workdir / "checkpoints"
         latest = max(saved_steps(folder), default=0)
-        self.primary = jax.process_index() == 0
+        self.primary = distributed.primary()
         self.progress = Progress(
             config.train.steps,
             latest,
@@ -140,8 +177,10 @@ class _Run:
         )
         traced = step.trace(setup.recipe.abstract, setup.batch)
         _, shapes = traced.out_info
-        self.zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        self.add = jax.jit(lambda sums, metrics: sums + metrics)
+        whole = replicated(setup.mesh)
+        zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        self.zeros = jax.jit(zeros, out_shardings=whole)()
+        self.add = jax.jit(lambda sums, metrics: sums + metrics, out_shardings=whole)
         best = config.eval.best_metric
         self.checkpoints = Checkpoints(
             self.workdir / "checkpoints", keep=config.train.checkpoint_keep, best_metric=best
@@ -159,20 +198,25 @@ class _Run:
         self.first = latest or 0
         self.best = self.checkpoints.best()
         self.patience = recorded_patience(config, self.workdir, self.first)
-        sinks = open_sinks(config, self.workdir, self.first) if self.primary else []
-        self.writer = MetricWriter(self.workdir, self.first, sinks)
-        stack.callback(self.writer.close)
-        self.routing = RoutingLog(self.workdir, self.first, config.model)
-        stack.callback(self.routing.close)
+        notes: list[str] = []
+        if self.primary:
+            sinks = open_sinks(config, self.workdir, self.first)
+            notes = [sink.note for sink in sinks if sink.note]
+            self.writer = MetricWriter(self.workdir, self.first, sinks)
+            stack.callback(self.writer.close)
+            self.routing = RoutingLog(self.workdir, self.first, config.model)
+            stack.callback(self.routing.close)
         stack.callback(self.progress.close)
-        self.progress.say("\n".join([header(setup), *(sink.note for sink in sinks if sink.note)]))
+        self.progress.say("\n".join([header(setup), *notes]))
         if latest is not None:
             self.progress.say(f"resumed from step {latest}")
         elif self.start is not None:
             self.progress.say(self.start.describe())
         self.train_step = traced.lower().compile()
         flops = BACKWARD_AND_FORWARD * flops_per_token(config)
-        self.clock = Clock(flops, peak_flops(jax.devices()) if flops else 1.0)
+        self.rows = host_rows(setup.mesh, config.data.batch_size)
+        share = len(self.rows.held) / config.data.batch_size
+        self.clock = Clock(flops, peak_flops(jax.devices()) if flops else 1.0, share)
 
     def initial_state(self) -> TrainState:
         """Drawn, or with the parameters of another run; init_report.json then says which."""
@@ -185,14 +229,15 @@ class _Run:
     def go(self) -> None:
         """Steps from the restored step to the last one, or until a stop is asked for."""
         config, total = self.config, self.config.train.steps
-        batches = iter(self.setup.pipeline.batches(self.first))
+        mesh, rows = self.setup.mesh, self.rows
+        batches = iter(self.setup.pipeline.batches(self.first, rows.held))
         profiler = _Profiler(self)
         for step in range(self.first, total):
             profiler.before(step)
             asked = time.perf_counter()
             batch = next(batches)
             waited = time.perf_counter() - asked
-            self.state, metrics = self.train_step(self.state, put_batch(batch, self.setup.mesh))
+            self.state, metrics = self.train_step(self.state, put_batch(batch, mesh, rows))
             self.sums = self.add(self.sums, metrics)
             done = step + 1
             # Only now look at the step before: the device is never left without work.
@@ -210,7 +255,7 @@ class _Run:
             profiler.after(step, metrics)
             self.progress.step(done)
             # Read once: a signal that comes after this line waits for the next step.
-            stop = self.stop.requested
+            stop = self.stop.agreed()
             self.look_back(done, stop)
             if self.patience.exhausted and done < total:
                 self.end(f"stopped early at step {done}: {self.patience.describe()}; {GO_ON}")
@@ -285,8 +330,9 @@ class _Run:
         values = result.values
         if self.primary and values:
             self.writer.write(done, {f"eval/{name}": value for name, value in values.items()})
-        paths = self.writer.images(done, result.images) if self.primary else []
+        paths = []
         if self.primary:
+            paths = self.writer.images(done, result.images)
             save_arrays(self.workdir, done, result.arrays)
         if values:
             split = self.config.eval.split
@@ -319,16 +365,15 @@ class _Profiler:
         self.run, self.folder = run, run.workdir / "profile"
 
     def before(self, step: int) -> None:
-        if self.start == step <= self.stop:
+        if self.start == step <= self.stop and self.run.primary:
             jax.profiler.start_trace(str(self.folder))
 
     def after(self, step: int, metrics: StepMetrics) -> None:
-        if self.start <= step == self.stop:
+        if self.start <= step == self.stop and self.run.primary:
             jax.block_until_ready(metrics)
             jax.profiler.stop_trace()
-            if self.run.primary:
-                program = self.run.train_step.as_text()
-                (self.folder / PROGRAM).write_text(program, encoding="utf-8")
+            program = self.run.train_step.as_text()
+            (self.folder / PROGRAM).write_text(program, encoding="utf-8")
             steps = f"steps {self.start + 1} to {self.stop + 1}"
             self.run.progress.say(f"profile of {steps}: {self.folder}")
 
@@ -379,7 +424,9 @@ def header(setup: Setup) -> str:
         f"{format_count(table.active)} active for a token, "
         + (f"{format_count(table.frozen)} frozen, " if table.frozen else "")
         + f"in {config.model.dtype}",
-        f"devices: {mesh.size} x {jax.devices()[0].device_kind}" + (f" ({shape})" if shape else ""),
+        f"devices: {mesh.size} x {jax.devices()[0].device_kind}"
+        + (f" ({shape})" if shape else "")
+        + (f", in {jax.process_count()} processes" if distributed.several() else ""),
         f"data: {pipeline.source.name}, {len(pipeline.source)} records; {size} a step, "
         f"{epoch} steps an epoch" + (f"; {cut} texts cut to fit" if cut else ""),
         f"training: {steps} steps, {steps / epoch:.3g} epochs"

@@ -105,7 +105,12 @@ def prepare(config: Config, devices: Sequence[Any] | None = None) -> Setup:
     for split in splits:
         if split not in opened:
             opened[split] = open_pipeline(config, split)
-    sample = pipeline.batch(0)
+    size = config.data.batch_size
+    # One row tells the shapes: a host makes no other rows than its own.
+    sample = {
+        name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype)
+        for name, x in pipeline.batch(0, rows=[0]).items()
+    }
     setup = prepare_model(config, devices, sample)
     batch = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch_sharding(setup.mesh))
@@ -156,6 +161,7 @@ def surroundings(setup: Setup) -> dict[str, Any]:
         "imports": imported_packages(),
         "jax": jax.__version__,
         "moejax": moejax_version(),
+        "process_count": jax.process_count(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
 

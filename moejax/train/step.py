@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from moejax.parallel.mesh import batch_sharding
+from moejax.parallel.mesh import batch_sharding, replicated
 from moejax.train.balance import controlled, make_controller
 from moejax.train.freeze import combine, trainable
 from moejax.train.optim import Optimizer
@@ -152,7 +152,8 @@ def make_train_step(
         )
         return new_state, metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    # Metrics are whole on every device: each host reads them.
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
 def moving_average(ema: Any, params: Any, decay: float, updates: jax.Array) -> Any:

@@ -4,12 +4,18 @@ import signal
 import threading
 from typing import Any
 
+import jax
+import numpy as np
+
+from moejax.parallel import distributed
+
 
 class StopSignals:
     """Notes SIGTERM and the first Ctrl-C; a second Ctrl-C interrupts as usual."""
 
     def __init__(self):
         self.requested = False
+        self._asked: jax.Array | None = None
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -23,6 +29,17 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+    def agreed(self) -> bool:
+        """Whether to stop after this step; every process of a run calls it once a step.
+
+        Alone: whether a signal came. Of several: whether one had come to any of them a step ago,
+        which all know by now without waiting for each other.
+        """
+        if not distributed.several():
+            return self.requested
+        before, self._asked = self._asked, distributed.share(np.asarray([self.requested]))
+        return before is not None and bool(np.asarray(before).any())
 
     def _note(self, number: int, frame: Any) -> None:
         del frame

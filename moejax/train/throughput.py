@@ -19,13 +19,16 @@ def peak_flops(devices: list[Any]) -> float:
     """FLOP/s that utilisation is measured against, all ``devices`` together.
 
     The data sheet's where it is known; else what a 1024^3 float32 matrix product reaches here. CPU
-    devices are simulated on one and the same processor, so they are not added up.
+    devices of a process are simulated on one and the same processor, so they count once.
     """
     peak = data_sheet_peak(devices[0].device_kind)
     if peak is not None:
         return peak * len(devices)
-    measured = measured_flops(devices[0])
-    return measured if devices[0].platform == "cpu" else measured * len(devices)
+    # Another host's device computes nothing for this one.
+    measured = measured_flops(jax.local_devices(backend=devices[0].platform)[0])
+    if devices[0].platform == "cpu":
+        return measured * len({device.process_index for device in devices})
+    return measured * len(devices)
 
 
 @functools.lru_cache(maxsize=1)
@@ -52,30 +55,32 @@ class Clock:
     Attributes:
       flops_per_token: of one training step (forward and backward); 0 if not known.
       peak: FLOP/s to compare with.
+      share: how much of each batch it is shown; the other hosts' rows are taken to be like these.
       total_seconds: of all rows that were read, and total_waited those of them spent waiting.
     """
 
     flops_per_token: float
     peak: float
+    share: float = 1.0
     seconds: float = 0.0
     waited: float = 0.0
-    tokens: int = 0
-    slots: int = 0
-    examples: int = 0
+    tokens: float = 0
+    slots: float = 0
+    examples: float = 0
     steps: int = 0
     total_seconds: float = 0.0
     total_waited: float = 0.0
     _since: float = dataclasses.field(default_factory=time.perf_counter)
 
     def step(self, batch: dict, waited: float) -> None:
-        """Notes a step on ``batch`` (numpy) that waited ``waited`` seconds for it."""
+        """Notes a step that waited ``waited`` seconds for ``batch`` (numpy, this host's rows)."""
         self.waited += waited
         self.steps += 1
         if "segments" in batch:
-            self.tokens += int(np.count_nonzero(batch["segments"]))
-            self.slots += batch["segments"].size
+            self.tokens += int(np.count_nonzero(batch["segments"])) / self.share
+            self.slots += batch["segments"].size / self.share
         else:
-            self.examples += len(batch["weights"])
+            self.examples += len(batch["weights"]) / self.share
 
     def restart(self) -> None:
         """Forgets what was counted so far, and starts again now."""

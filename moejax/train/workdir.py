@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,23 @@ def write_record(workdir: Path, config: Config, made_with: dict[str, Any]) -> No
     temporary = path.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, path)
+
+
+def await_record(workdir: Path, timeout: float) -> None:
+    """Waits for the config.json that the first process of a run wrote.
+
+    Raises:
+      UserError: it does not come to ``workdir`` as this host has it within ``timeout`` seconds.
+    """
+    # A file system of a network may take a while to show it.
+    until = time.monotonic() + timeout
+    while not (workdir / "config.json").exists():
+        if time.monotonic() > until:
+            raise UserError(
+                f"--workdir {workdir}: host {socket.gethostname()} does not see what the first "
+                "process wrote there; name a folder that all hosts share"
+            )
+        time.sleep(0.2)
 
 
 def changed_surroundings(record: dict | None, made_with: dict[str, Any]) -> list[str]:

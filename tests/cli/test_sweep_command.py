@@ -39,9 +39,9 @@ def test_points_run_go_on_and_are_summed_up(command, tmp_path, monkeypatch, caps
     """A signal in the first point; the same command finishes both; a third time nothing is left."""
     put_batch = loop.put_batch
 
-    def stop(batch, mesh):
+    def stop(*args):
         os.kill(os.getpid(), signal.SIGTERM)
-        return put_batch(batch, mesh)
+        return put_batch(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "put_batch", stop)

@@ -87,6 +87,16 @@ def test_prefetched_batches_are_the_batches_of_their_steps():
             np.testing.assert_array_equal(got[name], expected[name])
 
 
+def test_a_host_makes_its_own_rows_of_each_batch():
+    pipe, held = pipeline(), (1, 3)
+    stream = pipe.batches(7, held)
+    for step in (7, 8):
+        batch, whole, part = next(stream), pipe.batch(step), pipe.batch(step, held)
+        for name in whole:
+            np.testing.assert_array_equal(batch[name], whole[name][list(held)])
+            np.testing.assert_array_equal(part[name], whole[name][list(held)])
+
+
 def test_epochs_see_every_record_and_differ():
     pipe = pipeline()
     epochs = []

@@ -89,7 +89,11 @@ class FakePipeline:
         self.config, self.split = config, split
         self.source = FakeSource(range(80))
 
-    def batch(self, step):
+    def batch(self, step, rows=None):
+        whole = self.whole_batch(step)
+        return whole if rows is None else {name: x[list(rows)] for name, x in whole.items()}
+
+    def whole_batch(self, step):
         rows, length = self.config.data.batch_size, self.config.data.sequence_length
         rng = np.random.default_rng([self.config.data.seed, step, len(self.split)])
         tokens = NUM_SPECIAL + 97 + rng.integers(0, 4, (rows, length))
@@ -114,11 +118,11 @@ class FakePipeline:
             "weights": weights,
         }
 
-    def batches(self, start_step):
+    def batches(self, start_step, rows=None):
         step = start_step
         while True:
             self.before(step)
-            yield self.batch(step)
+            yield self.batch(step, rows)
             step += 1
 
     def record_ids(self, step):

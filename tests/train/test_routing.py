@@ -126,14 +126,14 @@ def test_a_run_logs_loads_and_cuts_them_when_it_goes_on(pictures, tmp_path, caps
 
 def test_evaluation_counts_what_the_model_chose(pictures):
     """Against the recorded choices, counted anew; filler rows count for nothing."""
-    batch_of = pictures.batch
+    batch_of = pictures.whole_batch
 
     def with_filler(self, step):
         batch = batch_of(self, step)
         batch["weights"][[3, 6]] = 0
         return batch
 
-    pictures.batch = with_filler
+    pictures.whole_batch = with_filler
     config = config_of_experts(eval__batches=2)
     setup = prepare(config)
     context = setup.eval_context(
