@@ -181,11 +181,14 @@ def _initialize(timeout: int, **address: Any) -> None:
 
 @contextlib.contextmanager
 def _deadline(why: Callable[[], str], timeout: int) -> Iterator[None]:
-    """Says ``why()`` and exits with 2 where what is inside takes more than ``timeout`` seconds."""
+    """Says ``why()`` and exits with 1 where what is inside takes more than ``timeout`` seconds.
+
+    Not with 2, which says that the input is wrong and that no restart will help: a host may be slow.
+    """
 
     def give_up() -> None:
         print(f"moejax: error: {why()}", file=sys.stderr, flush=True)
-        os._exit(2)
+        os._exit(1)
 
     timer = threading.Timer(timeout, give_up)
     timer.daemon = True
