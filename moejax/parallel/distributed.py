@@ -183,7 +183,7 @@ def _initialize(timeout: int, **address: Any) -> None:
 def _deadline(why: Callable[[], str], timeout: int) -> Iterator[None]:
     """Says ``why()`` and exits with 1 where what is inside takes more than ``timeout`` seconds.
 
-    Not with 2, which says that the input is wrong and that no restart will help: a host may be slow.
+    Not with 2, which says that the input is wrong and no restart will help: a host may be slow.
     """
 
     def give_up() -> None:

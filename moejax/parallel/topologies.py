@@ -47,7 +47,8 @@ class Chip:
       device_kind: what jax calls it.
       memory: bytes that a program may use. TPU: a little below the data sheet's; v5e's is what
         the compiler (libtpu 0.0.42) states when a program exceeds it, the others are not checked.
-        GPU: what such a device reports, a little above the data sheet's. 0 for the CPU: the memory of the machine is shared.
+        GPU: what such a device reports, a little above the data sheet's. 0 for the CPU: the
+        memory of the machine is shared.
       rank: how many axes the shape of a slice has.
     """
 
