@@ -212,7 +212,10 @@ class _Run:
             self.progress.say(f"resumed from step {latest}")
         elif self.start is not None:
             self.progress.say(self.start.describe())
-        self.train_step = traced.lower().compile()
+        # All wait for the slowest compiler here: on CPUs a group of devices whose first collective
+        # is not begun by all of its processes within 30 seconds is an error.
+        with distributed.together():
+            self.train_step = traced.lower().compile()
         flops = BACKWARD_AND_FORWARD * flops_per_token(config)
         self.rows = host_rows(setup.mesh, config.data.batch_size)
         share = len(self.rows.held) / config.data.batch_size
