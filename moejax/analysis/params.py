@@ -75,7 +75,16 @@ class ParamTable:
         """Names of parameters over 1 MiB that are whole on each device of a sharded mesh."""
         if all(size == 1 for name, size in self.mesh.items() if name != "data"):
             return []
-        return [row.name for row in self.rows if not any(row.spec) and row.bytes_per_device > LARGE]
+        return [
+            row.name
+            for row in self.rows
+            if row.bytes_per_device > LARGE and not any(self._splits(axes) for axes in row.spec)
+        ]
+
+    def _splits(self, entry: str | tuple[str, ...] | None) -> bool:
+        """Whether an entry of a spec names more than one device."""
+        names = entry if isinstance(entry, tuple) else (entry,)
+        return any(name is not None and self.mesh[name] > 1 for name in names)
 
 
 def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:

@@ -23,7 +23,8 @@ from moejax.experts.mlp import expert_mlp
 from moejax.experts.soft import soft_mlp
 from moejax.nn.context import Context
 from moejax.nn.layers import fan_in_normal, param_dtype, partitioned
-from moejax.parallel.exchange import Tokens, choose_exchange, exchange
+from moejax.nn.placement import placement
+from moejax.parallel.exchange import Tokens, exchange
 from moejax.parallel.local import (
     COLUMNS,
     INNER,
@@ -32,7 +33,6 @@ from moejax.parallel.local import (
     interleave,
     run_local,
     tensor_sum,
-    token_axes,
 )
 from moejax.routing import (
     ROUTER_LOSSES,
@@ -181,25 +181,8 @@ class MoE(nn.Module):
         ids, gates = plan.expert_ids.reshape(b, t, -1), plan.weights.reshape(b, t, -1)
         seen = x_btd * moe.top_k if moe.scale_input else x_btd
 
-        devices, own = axis_size("expert"), token_axes(b, t)
-        here = b * t // math.prod(map(axis_size, (*own.batch, *own.length)))
-        way = choose_exchange(
-            moe.exchange,
-            devices=devices,
-            split="expert" in own.batch,
-            tokens=here,
-            k=ids.shape[-1],
-            width=d,
-            weights=sum(w.size for w in weights),
-            buffer=moe.exchange_buffer,
-        )
-        spread = way != "fsdp" and devices > 1
-        # Rows of the batch whose tokens may be computed here, and the routing groups they lie in,
-        # whole or in part: this many when the cuts fall worst.
-        rows = b // math.prod(map(axis_size, own.batch)) * (devices if spread else 1)
-        size = b // groups
-        groups_here = -(-(rows + size - math.gcd(rows, size)) // size)
-        most = None if plan.max_choices is None else plan.max_choices * groups_here
+        where = placement(moe, plan, (b, t, d), sum(w.size for w in weights))
+        most = None if plan.max_choices is None else plan.max_choices * where.groups
         places = places_of(moe, b * t // groups, ctx.train)
 
         def local(x, ids, gates, wi, wo):
@@ -214,17 +197,17 @@ class MoE(nn.Module):
                     activation=moe.activation,
                     dispatch=moe.dispatch,
                     # Where nobody is dropped, all may choose one expert.
-                    capacity=count if places is None else min(groups_here * max(places), count),
+                    capacity=count if places is None else min(where.groups * max(places), count),
                     max_rows=most,
                     expected_share=moe.ffn_share * x.shape[0] * x.shape[1] / count / chunks,
                     backend=cfg.kernel_backend,
                 )
 
             tokens = Tokens(x.reshape(-1, d), *(a.reshape(-1, a.shape[-1]) for a in (ids, gates)))
-            chunks = math.gcd(moe.exchange_chunks if spread else 1, tokens.x_td.shape[0])
+            chunks = math.gcd(moe.exchange_chunks if where.spread else 1, tokens.x_td.shape[0])
             parts = zip(*(jnp.split(a, chunks) for a in tokens), strict=True)
             done = [
-                exchange(way, run, Tokens(*part), wi.shape[0], moe.exchange_buffer)
+                exchange(where.exchange, run, Tokens(*part), wi.shape[0], moe.exchange_buffer)
                 for part in parts
             ]
             out, run_ids = (jnp.concatenate(some) for some in zip(*done, strict=True))
@@ -233,7 +216,7 @@ class MoE(nn.Module):
         wi_edf, wo_efd = (w.astype(dtype) for w in weights)
         if moe.activation == "swiglu":
             wi_edf = interleave(wi_edf, (wi_edf.shape[-1] // 2,) * 2)
-        over = "expert" if spread else None
+        over = "expert" if where.spread else None
         out, run_ids = run_local(
             local,
             (seen, TOKENS),

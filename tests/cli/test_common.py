@@ -77,6 +77,8 @@ def test_command_without_config_refuses_overrides():
 
 
 def test_import_registers_a_package_in_the_current_folder(tmp_path, monkeypatch, capsys):
+    # What it adds is not for the tests after this one: their child processes would import it.
+    monkeypatch.setattr("moejax.config.packages._IMPORTED", [])
     (tmp_path / "my_blocks.py").write_text(
         "from moejax.nn.block import BLOCKS\n"
         "@BLOCKS.register('mine')\n"

@@ -25,7 +25,7 @@ def test_inspect_json(capsys):
     assert got["counted_flops_per_token"] == pytest.approx(got["flops_per_token"], rel=1e-6)
     assert got["training_flops_per_token"] == 3 * got["flops_per_token"]
     assert got["visited_flops_per_token"] >= got["counted_flops_per_token"]
-    assert got["specs"]["embedding_vd"] == [None, "fsdp"]
+    assert got["specs"]["embedding_vd"] == ["tensor", "fsdp"]
     devices = got["mesh"]["fsdp"]
     assert got["bytes_per_device"] == pytest.approx(4 * got["total_params"] / devices, rel=1e-3)
     assert got["warnings"] == []
