@@ -8,14 +8,8 @@ FOLDER = Path(__file__).resolve().parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.py"))
 
 
-# The first one is what `make test` has time for.
-EACH = [
-    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path != NOTEBOOKS[0]))
-    for path in NOTEBOOKS
-]
-
-
-@pytest.mark.parametrize("path", EACH)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     jupytext = pytest.importorskip("jupytext")
     nbclient = pytest.importorskip("nbclient")

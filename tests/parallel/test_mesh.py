@@ -201,7 +201,6 @@ def check_equal_to_one_device(kind, mesh, **moe):
     [
         ("mot", "fsdp x tensor x sequence", {}),
         ("top_k", "data x expert x tensor", {"exchange": "ring", "exchange_chunks": 2}),
-        ("expert_choice", "data x sequence", {}),
     ],
 )
 def test_eight_devices_equal_one(kind, mesh, moe):
