@@ -5,6 +5,7 @@ The plan is made outside of ``shard_map``, from all tokens of a routing group wh
 experts are run inside it, on each device's own tokens.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -237,25 +238,27 @@ class MoE(nn.Module):
                 moe.copy_experts,
                 *vectors,
             )
-        # Choices that were lost on the way count as dropped.
-        run = plan.replace(expert_ids=run_ids.reshape(plan.expert_ids.shape))
-        return out, run.replace(chosen_ids=plan.chosen()) if moe.exchange_buffer else plan
+        if moe.exchange_buffer:
+            # Choices that were lost on the way count as dropped.
+            run_ids = run_ids.reshape(plan.expert_ids.shape)
+            plan = dataclasses.replace(plan, expert_ids=run_ids, chosen_ids=plan.chosen())
+        return out, plan
 
     def _run_shared(self, plan: RoutingPlan | SoftPlan, shared: ExpertWeights, x_btd):
         wi_edf, wo_efd = (weight.astype(x_btd.dtype) for weight in shared)
         activation = self.config.moe.activation
         if activation == "swiglu":
             wi_edf = interleave(wi_edf, (wi_edf.shape[-1] // 2,) * 2)
-        competing = isinstance(plan, RoutingPlan) and plan.shared_weights is not None
+        shared_weights = plan.shared_weights if isinstance(plan, RoutingPlan) else None
         b, t = x_btd.shape[:2]
+        weights = () if shared_weights is None else shared_weights.reshape(b, t, -1)
 
         def local(x_btd, weights, wi_edf, wo_efd):
             hidden = activate(jnp.einsum("btd,edf->btef", x_btd, wi_edf), activation)
-            if competing:
+            if shared_weights is not None:
                 hidden = hidden * weights[..., None].astype(hidden.dtype)
             return tensor_sum(jnp.einsum("btef,efd->btd", hidden, wo_efd))
 
-        weights = plan.shared_weights.reshape(b, t, -1) if competing else ()
         if axis_size("tensor") == 1:
             return local(x_btd, weights, wi_edf, wo_efd)
         return run_local(

@@ -52,7 +52,7 @@ def axis_size(name: str) -> int:
     return 1 if mesh.empty else mesh.shape[name]
 
 
-def run_local(function: Callable, *operands: tuple[Any, P], tokens: tuple[int, int], out: P):
+def run_local(function: Callable, *operands: tuple[Any, P], tokens: tuple[int, ...], out: P):
     """``function(*values)`` inside one ``shard_map`` over the context mesh.
 
     Without a mesh the function is just called: in a notebook a model needs none.
@@ -61,13 +61,14 @@ def run_local(function: Callable, *operands: tuple[Any, P], tokens: tuple[int, i
       function: of the values as they lie on one device. Where it multiplies by what is split over
         the tensor axis and sums over that, it ends in :func:`tensor_sum`.
       operands: (pytree, spec) pairs, the specs from the constants above.
-      tokens: (b, t) of the whole arrays.
+      tokens: (b, t), of the whole arrays.
       out: spec of everything that the function returns.
     """
     values = tuple(value for value, _ in operands)
     if jax.sharding.get_abstract_mesh().empty:
         return function(*values)
-    own = token_axes(*tokens)
+    b, t = tokens
+    own = token_axes(b, t)
     in_specs = tuple(_resolve(spec, own) for _, spec in operands)
 
     def local(*values):
@@ -100,7 +101,8 @@ def _resolve(spec: P, own: TokenAxes) -> P:
     def axes_of(entry):
         names = entry if isinstance(entry, tuple) else (entry,)
         found = tuple(axis for name in names for axis in meaning.get(name, (name,)))
-        return (found if len(found) > 1 else found[0]) if found else None
+        # A name and a tuple of one mean the same to jax, but not to _gathered.
+        return found if len(found) > 1 else next(iter(found), None)
 
     return P(*(None if entry is None else axes_of(entry) for entry in spec))
 

@@ -43,7 +43,7 @@ def mesh_shape(config: MeshConfig, device_count: int) -> tuple[int, ...]:
 def check_mesh(config: Config, device_count: int) -> tuple[int, ...]:
     """The mesh shape, after checking that batch and model divide over it (UserError if not)."""
     shape = mesh_shape(config.mesh, device_count)
-    sizes = dict(zip(MESH_AXES, shape, strict=True))
+    sizes: dict[str, int] = dict(zip(MESH_AXES, shape, strict=True))
     shards = math.prod(sizes[name] for name in BATCH_AXES)
     rows = config.data.batch_size // config.optim.accumulation_steps
     if rows % shards:
@@ -117,6 +117,7 @@ def mesh_of(params: Any) -> contextlib.AbstractContextManager:
     """Sets the mesh that parameters lie on; does nothing where they lie on one device."""
     for leaf in jax.tree.leaves(params):
         sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.mesh.size > 1:
-            return jax.set_mesh(sharding.mesh)
+        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        if isinstance(mesh, Mesh) and mesh.size > 1:
+            return jax.set_mesh(mesh)
     return contextlib.nullcontext()
