@@ -188,7 +188,9 @@ class MoE(nn.Module):
 
         def local(x, ids, gates, wi, wo):
             def run(tokens: Tokens):
-                count = tokens.x_td.shape[0]
+                count, k = tokens.ids.shape
+                # A token has no expert twice, and so at most those that lie here.
+                bound = count * min(k, wi.shape[0])
                 return expert_mlp(
                     tokens.x_td,
                     wi,
@@ -199,7 +201,7 @@ class MoE(nn.Module):
                     dispatch=moe.dispatch,
                     # Where nobody is dropped, all may choose one expert.
                     capacity=count if places is None else min(where.groups * max(places), count),
-                    max_rows=most,
+                    max_rows=bound if most is None else min(most, bound),
                     expected_share=moe.ffn_share * x.shape[0] * x.shape[1] / count / chunks,
                     backend=cfg.kernel_backend,
                 )
