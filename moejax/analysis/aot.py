@@ -33,7 +33,6 @@ from moejax.parallel.mesh import batch_sharding
 from moejax.parallel.topologies import Topology, parse_topology
 from moejax.train.leaves import path_name
 from moejax.train.setup import ModelSetup, prepare_model
-from moejax.train.step import make_train_step
 
 # How many of the largest tensors are named.
 _LARGEST = 10
@@ -60,14 +59,7 @@ def compile_step(config: Config, topology: Topology, hlo_file: str = "") -> dict
     devices = topology_devices(topology)
     start = time.perf_counter()
     setup = prepare_model(config, devices)
-    step = make_train_step(
-        setup.model,
-        setup.objective,
-        config,
-        setup.recipe.optimizer,
-        setup.mesh,
-        setup.recipe.shardings,
-    )
+    step = setup.train_step()
     with jax.set_mesh(setup.mesh):
         traced = step.trace(setup.recipe.abstract, whole_batch(setup))
         lowered = traced.lower()

@@ -1,8 +1,8 @@
 """How tokens meet experts that lie on other devices: one function for each way.
 
-Each runs inside ``shard_map``, where ``experts`` devices along the mesh axis "expert" hold
-``num_local`` experts each, in order. ``run(x_td, ids_tk, gates_tk)`` gives ``sum_k gates * E(x)``
-over the experts that lie here; other ids add nothing. All ways give the same sums; they differ in
+Each runs inside ``shard_map``, where the devices along the mesh axis "expert" hold ``num_local``
+experts each, in order. ``run(tokens)`` gives ``sum_k gates * E(x)`` over the experts that lie here,
+counted from 0; other ids add nothing. All ways give the same sums; they differ in
 what travels and in how many rows are held.
 """
 

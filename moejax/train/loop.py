@@ -32,7 +32,7 @@ from moejax.train.routing_log import RoutingLog
 from moejax.train.setup import Setup, prepare, surroundings
 from moejax.train.start import Start, plan_start
 from moejax.train.state import TrainState
-from moejax.train.step import StepMetrics, make_train_step
+from moejax.train.step import StepMetrics
 from moejax.train.stop import StopSignals
 from moejax.train.throughput import Clock, peak_flops
 from moejax.train.writers import MetricWriter, open_sinks, read_rows, save_arrays
@@ -167,14 +167,7 @@ class _Run:
     def open(self, stack: contextlib.ExitStack) -> None:
         """Makes or restores the state, compiles the step."""
         setup, config = self.setup, self.config
-        step = make_train_step(
-            setup.model,
-            setup.objective,
-            config,
-            setup.recipe.optimizer,
-            setup.mesh,
-            setup.recipe.shardings,
-        )
+        step = setup.train_step()
         traced = step.trace(setup.recipe.abstract, setup.batch)
         _, shapes = traced.out_info
         whole = replicated(setup.mesh)

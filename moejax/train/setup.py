@@ -17,7 +17,8 @@ from moejax.objectives import build_objective
 from moejax.parallel.mesh import batch_sharding, check_mesh, make_mesh
 from moejax.train.compilation import use_compilation_cache
 from moejax.train.evaluate import EvalContext, check_evaluators, eval_plans
-from moejax.train.state import StateRecipe, state_recipe
+from moejax.train.state import StateRecipe, TrainState, state_recipe
+from moejax.train.step import StepMetrics, make_train_step
 from moejax.train.writers import check_writers
 
 
@@ -38,6 +39,17 @@ class ModelSetup:
     model: Any
     objective: Callable
     recipe: StateRecipe
+
+    def train_step(self) -> Callable[[TrainState, dict], tuple[TrainState, StepMetrics]]:
+        """The jitted step of this experiment (moejax.train.step.make_train_step)."""
+        return make_train_step(
+            self.model,
+            self.objective,
+            self.config,
+            self.recipe.optimizer,
+            self.mesh,
+            self.recipe.shardings,
+        )
 
     def eval_context(
         self,

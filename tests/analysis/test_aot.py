@@ -15,7 +15,6 @@ from moejax.config.load import load_config
 from moejax.errors import UserError
 from moejax.parallel.topologies import Topology, parse_topology
 from moejax.train.setup import prepare_model
-from moejax.train.step import make_train_step
 
 TINY = (
     "model.num_layers=2",
@@ -51,14 +50,7 @@ def compiled():
     """The step itself, compiled for the eight simulated devices of this process."""
     config = tiny()
     setup = prepare_model(config, jax.devices()[:8])
-    step = make_train_step(
-        setup.model,
-        setup.objective,
-        config,
-        setup.recipe.optimizer,
-        setup.mesh,
-        setup.recipe.shardings,
-    )
+    step = setup.train_step()
     batch = aot.whole_batch(setup)
     assert batch["tokens"].shape == (16, 32)
     with jax.set_mesh(setup.mesh):

@@ -9,6 +9,8 @@ from moejax.data.vocabulary import BOI, BOS, EOI, EOS, PAD
 from moejax.generate.generate import _generate, generate
 from moejax.generate.grammar import IMAGE_ONLY, TEXT_ONLY, Grammar, Progress, allowed_tokens
 from moejax.generate.sampling import Sampling
+from moejax.nn import attention
+from moejax.parallel.local import axis_size, run_local
 from moejax.parallel.mesh import make_mesh
 from moejax.parallel.rules import state_shardings
 
@@ -220,7 +222,7 @@ def test_one_program_serves_all_prompts_and_settings(mot, captions, prompts):
     assert _generate._cache_size() == before
 
 
-def test_parameters_sharded_over_devices_give_the_same_tokens(mot, captions):
+def test_parameters_sharded_over_devices_give_the_same_tokens(mot, captions, monkeypatch):
     """A model restored on a mesh is sampled from as it lies."""
     expected = run(mot, captions, IMAGE_ONLY, sampling=GREEDY).tokens
     config = Config(model=mot.model.config, mesh=MeshConfig(data=2, fsdp=4))
@@ -229,6 +231,14 @@ def test_parameters_sharded_over_devices_give_the_same_tokens(mot, captions):
     boxed = jax.eval_shape(lambda: mot.model.init(jax.random.key(0), batch))
     shardings = state_shardings(make_mesh(config.mesh), boxed["params"])
     params = jax.device_put(mot.params, shardings)
+    # Layers see the mesh, so that experts would be found on other devices.
+    seen = set()
+
+    def spying(*operands, **options):
+        seen.add(axis_size("fsdp"))
+        return run_local(*operands, **options)
+
+    monkeypatch.setattr(attention, "run_local", spying)
     got = generate(
         mot.model,
         params,
@@ -239,6 +249,7 @@ def test_parameters_sharded_over_devices_give_the_same_tokens(mot, captions):
         sampling=GREEDY,
     )
     np.testing.assert_array_equal(got.tokens, expected)
+    assert seen == {4}
 
 
 def test_a_prompt_without_tokens_is_refused(mot):

@@ -7,7 +7,6 @@ from moejax.analysis.params import abstract_batch
 from moejax.config import load_config
 from moejax.parallel.mesh import batch_sharding
 from moejax.train.setup import prepare_model
-from moejax.train.step import make_train_step
 
 # One row: BOS text BOI, four patches, EOI text EOS.
 ROW = [1, 20, 3, 5, 5, 5, 5, 4, 21, 22, 2, 0]
@@ -41,14 +40,7 @@ def test_text_logits_stay_bit_for_bit(tiny, tiny_batch):
         setup = prepare_model(config, jax.devices()[:1])
         state = setup.recipe.create()
         read = jax.jit(lambda params: setup.model.apply({"params": params}, text).logits)
-        step = make_train_step(
-            setup.model,
-            setup.objective,
-            config,
-            setup.recipe.optimizer,
-            setup.mesh,
-            setup.recipe.shardings,
-        )
+        step = setup.train_step()
         batch = picture_batch(config.model.latents.size)
         assert batch.keys() == abstract_batch(config).keys()
         with jax.set_mesh(setup.mesh):

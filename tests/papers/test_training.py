@@ -7,7 +7,6 @@ import pytest
 from moejax.config import load_config
 from moejax.parallel.mesh import batch_sharding
 from moejax.train.setup import prepare
-from moejax.train.step import make_train_step
 
 # fmt: off
 NAMES = (
@@ -33,8 +32,7 @@ def losses(name: str, steps: int, overrides: dict) -> tuple[float, float]:
     """Means of the first and the last five losses of a run on one device."""
     config = load_config(name, {"train.steps": steps, "eval.metrics": (), **overrides})
     setup = prepare(config, jax.devices()[:1])
-    optimizer, shardings = setup.recipe.optimizer, setup.recipe.shardings
-    step = make_train_step(setup.model, setup.objective, config, optimizer, setup.mesh, shardings)
+    step = setup.train_step()
     values = []
     with jax.set_mesh(setup.mesh):
         state = setup.recipe.create()

@@ -221,6 +221,43 @@ def test_every_mesh_and_exchange_equals_one_device(kind, mesh):
             check_equal_to_one_device(kind, MESHES[mesh], exchange=exchange)
 
 
+def jaxpr_on_eight(config, mesh):
+    """The program of a forward pass in training, as text; nothing is compiled."""
+    model = build_decoder(config)
+    forward = lambda params: model.apply({"params": params}, batch_of(), train=True).logits
+    with jax.enable_x64(True), jax.set_mesh(make_mesh(mesh)):
+        shapes = jax.eval_shape(model.init, jax.random.key(0), batch_of())["params"]
+        return str(jax.make_jaxpr(forward)(meta.unbox(shapes)))
+
+
+def test_rows_of_a_device_are_bounded_by_its_own_experts():
+    """Experts choose from the whole batch: 96 tokens of all, of which one expert lies here."""
+    config = KINDS["expert_choice"]
+    moe = dataclasses.replace(config.moe, exchange="ring")
+    program = jaxpr_on_eight(dataclasses.replace(config, moe=moe), MESHES["expert"])
+    assert "reduce_scatter" in program
+    # The hidden layer: without the bound it has a row for each of the eight columns of a token.
+    assert "f64[96,16]" in program and "f64[768,16]" not in program
+
+
+def test_tokens_are_exchanged_in_chunks():
+    config = KINDS["top_k"]
+    for chunks in (1, 2):
+        moe = dataclasses.replace(config.moe, exchange="ring", exchange_chunks=chunks)
+        program = jaxpr_on_eight(dataclasses.replace(config, moe=moe), MESHES["expert"])
+        assert program.count("= reduce_scatter[") == chunks
+
+
+def test_attention_of_a_model_goes_by_blocks_of_queries():
+    scans = [
+        jaxpr_on_eight(dataclasses.replace(MODEL, attention_block=block), MESHES["data"]).count(
+            "= scan["
+        )
+        for block in (0, 4)
+    ]
+    assert scans[1] == scans[0] + 1
+
+
 def test_decoding_on_a_mesh_equals_decoding_on_one_device():
     """One row, then one token: what does not divide over an axis lies whole on it."""
     config = KINDS["top_k"]

@@ -9,7 +9,6 @@ import pytest
 from moejax.config import load_config
 from moejax.parallel.mesh import batch_sharding
 from moejax.train.setup import prepare_model
-from moejax.train.step import make_train_step
 
 STEPS = 5
 NARROW = {
@@ -78,10 +77,7 @@ def losses(model, mesh, devices):
     with jax.enable_x64(True):
         config = load_config(name, {**NARROW, **overrides, **mesh})
         setup = prepare_model(config, devices)
-        optimizer, shardings = setup.recipe.optimizer, setup.recipe.shardings
-        step = make_train_step(
-            setup.model, setup.objective, config, optimizer, setup.mesh, shardings
-        )
+        step = setup.train_step()
         values = []
         with jax.set_mesh(setup.mesh):
             state = setup.recipe.create()

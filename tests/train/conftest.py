@@ -150,7 +150,8 @@ def fake_data(monkeypatch):
         return Pipeline(config, split)
 
     monkeypatch.setattr(setups, "build_pipeline", build_pipeline)
-    monkeypatch.setattr("moejax.models.tokenizer.load_image_codec", lambda spec: None)
+    # Where it is used: a module first imported under a patch of its source would keep the patch.
+    monkeypatch.setattr("moejax.models.picture_codec.load_image_codec", lambda spec: None)
     return Pipeline
 
 

@@ -9,7 +9,6 @@ from moejax.config.moe import BalanceConfig, MoEConfig, RouterLossConfig
 from moejax.config.schema import DecoderConfig
 from moejax.train.evaluate import put_batch
 from moejax.train.setup import prepare
-from moejax.train.step import make_train_step
 
 from .conftest import make_config
 
@@ -39,14 +38,7 @@ def one_step(**changes):
     """(state before, state after, metrics) of the first step on one device."""
     config = dataclasses.replace(make_config(**changes), model=DECODER)
     setup = prepare(config, jax.devices()[:1])
-    step = make_train_step(
-        setup.model,
-        setup.objective,
-        config,
-        setup.recipe.optimizer,
-        setup.mesh,
-        setup.recipe.shardings,
-    )
+    step = setup.train_step()
     with jax.set_mesh(setup.mesh):
         state = setup.recipe.create()
         before = jax.device_get(state)

@@ -16,7 +16,7 @@ from moejax.train.evaluate import put_batch
 from moejax.train.freeze import combine, count_frozen, freeze_masks, trainable
 from moejax.train.loop import header
 from moejax.train.setup import prepare
-from moejax.train.step import make_loss, make_train_step
+from moejax.train.step import make_loss
 
 from .conftest import make_config
 
@@ -103,14 +103,7 @@ FROZEN = ("embedding_vd", "gain_md@text")
 
 def run_steps(setup, number):
     """The states before and after ``number`` steps, and the metrics of the first."""
-    step = make_train_step(
-        setup.model,
-        setup.objective,
-        setup.config,
-        setup.recipe.optimizer,
-        setup.mesh,
-        setup.recipe.shardings,
-    )
+    step = setup.train_step()
     state = setup.recipe.create()
     # A minus zero among the frozen rows: its sign must survive every sum.
     gain = jnp.asarray(state.params["gain_md"]).at[0, 0].set(-0.0)
@@ -194,14 +187,7 @@ def test_gradients_of_frozen_parameters_are_not_computed(fake_data):
 
     def flops(*rules):
         setup = prepare(make_config(optim__freeze=rules), jax.devices()[:1])
-        step = make_train_step(
-            setup.model,
-            setup.objective,
-            setup.config,
-            setup.recipe.optimizer,
-            setup.mesh,
-            setup.recipe.shardings,
-        )
+        step = setup.train_step()
         with jax.set_mesh(setup.mesh):
             return count_flops(step, setup.recipe.abstract, setup.batch).nominal
 

@@ -17,7 +17,6 @@ from moejax.errors import UserError
 from moejax.train.evaluate import put_batch
 from moejax.train.optim import decay_mask, make_optimizer, make_schedule
 from moejax.train.setup import prepare
-from moejax.train.step import make_train_step
 
 from .conftest import make_config
 
@@ -303,11 +302,8 @@ def test_what_sees_whole_matrices_trains_sharded_as_on_one_device(fake_data, nam
     results = []
     for mesh, devices in ((MeshConfig(data=2, fsdp=4), None), (MeshConfig(), jax.devices()[:1])):
         setup = prepare(dataclasses.replace(config, mesh=mesh), devices)
-        recipe = setup.recipe
-        step = make_train_step(
-            setup.model, setup.objective, config, recipe.optimizer, setup.mesh, recipe.shardings
-        )
-        state = recipe.create()
+        step = setup.train_step()
+        state = setup.recipe.create()
         with jax.set_mesh(setup.mesh):
             for number in range(2):
                 batch = put_batch(setup.pipeline.batch(number), setup.mesh)

@@ -10,7 +10,7 @@ import pytest
 from moejax.config.schema import DecoderConfig, MeshConfig
 from moejax.train.evaluate import put_batch
 from moejax.train.setup import prepare
-from moejax.train.step import make_loss, make_train_step, moving_average
+from moejax.train.step import make_loss, moving_average
 
 from .conftest import BigramConfig, make_config
 
@@ -31,17 +31,6 @@ def assert_close(tree, reference, tolerance):
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(reference))
     for here, there in zip(jax.tree.leaves(tree), jax.tree.leaves(reference), strict=True):
         np.testing.assert_allclose(here, there, rtol=0, atol=tolerance * largest)
-
-
-def step_function(setup):
-    return make_train_step(
-        setup.model,
-        setup.objective,
-        setup.config,
-        setup.recipe.optimizer,
-        setup.mesh,
-        setup.recipe.shardings,
-    )
 
 
 DECODER = DecoderConfig(vocab_size=284, num_layers=1, d_model=16, num_heads=2, ffn_hidden=(16,))
@@ -75,7 +64,7 @@ def test_eight_devices_equal_one(fake_data):
 def test_guard_skips_the_whole_step_and_counts(fake_data):
     fake_data.broken = frozenset({1, 2})
     setup = prepare(make_config(optim__ema_decay=0.9), jax.devices()[:1])
-    step = step_function(setup)
+    step = setup.train_step()
     state, seen = setup.recipe.create(), []
     with jax.set_mesh(setup.mesh):
         for number in range(4):
@@ -110,7 +99,7 @@ def test_steps_draw_different_dropout_from_one_key(fake_data):
     """The key in the state never changes; the step is folded in."""
     config = dataclasses.replace(make_config(), model=BigramConfig(dropout=0.5))
     setup = prepare(config, jax.devices()[:1])
-    step = step_function(setup)
+    step = setup.train_step()
     state = setup.recipe.create()
     key = jax.device_get(state.rng)
     batch = setup.pipeline.batch(0)
