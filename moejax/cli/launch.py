@@ -13,7 +13,7 @@ from typing import Any
 from moejax.cli.common import command_parser, print_json
 from moejax.config.load import config_folder, load_config, resolve
 from moejax.errors import UserError, did_you_mean
-from moejax.parallel.machines import GPUS, TPUS, Machines, parse_topology
+from moejax.parallel.machines import GPUS, TPUS, Machines, parse_machines
 
 _DESCRIPTION = """Write the file that trains a config on a cluster or in a cloud. Nothing is
 started: what is printed says the command that does (docs/cloud.md).
@@ -105,7 +105,7 @@ def run(argv: Sequence[str]) -> int:
     args = _parser().parse(argv)
     target = _target(args)
     words = train_words(args, workdir_there(args.workdir, target))
-    machines = parse_topology(args.topology, args.nodes)
+    machines = parse_machines(args.topology, args.nodes)
     if machines.kind not in target.accelerators:
         raise UserError(
             f"--topology {args.topology}: --target {args.target} has no {machines.kind}; choose "

@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-import re
 
 from moejax.errors import UserError, did_you_mean
+from moejax.parallel.topologies import split_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,26 +78,27 @@ class Machines:
         return self.kind in TPUS
 
 
-def parse_topology(text: str, nodes: int | None = None) -> Machines:
+def parse_machines(text: str, nodes: int | None = None) -> Machines:
     """``"v5p:4x4x8"`` or ``"h100:16"`` -> the hosts that hold these chips.
 
     Args:
-      text: a kind, and the shape of a slice or a number of GPUs.
+      text: a kind, and the shape of a slice or a number of GPUs, as ``moejax compile`` takes it;
+        what clouds rent is fewer shapes than what can be compiled for.
       nodes: how many hosts, where the kind leaves it open: GPUs, up to 8 on each.
 
     Raises:
       UserError: no such kind, no slice of that shape, or chips that do not fill the hosts.
     """
     field = f"--topology {text}"
-    kind, _, size = text.partition(":")
+    found = split_name(text)
+    kind, shape = found or (text.partition(":")[0], ())
     if kind not in TPUS and kind not in GPUS:
         raise UserError(f"{field}: no kind {kind!r}{did_you_mean(kind, [*TPUS, *GPUS])}")
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", size):
+    if min(shape, default=0) < 1:
         example = "v5p:4x4x8" if kind in TPUS else "h100:16"
         raise UserError(f"{field}: write the kind and its size, such as {example}")
-    shape = tuple(map(int, size.split("x")))
     if kind in TPUS:
-        return _slice(kind, size, shape, nodes, field)
+        return _slice(kind, shape, nodes, field)
     if len(shape) > 1:
         raise UserError(f"{field}: write the number of GPUs, such as {kind}:16")
     count = math.prod(shape)
@@ -110,7 +111,8 @@ def parse_topology(text: str, nodes: int | None = None) -> Machines:
     return Machines(kind, shape, hosts)
 
 
-def _slice(kind: str, size: str, shape: tuple[int, ...], nodes: int | None, field: str) -> Machines:
+def _slice(kind: str, shape: tuple[int, ...], nodes: int | None, field: str) -> Machines:
+    size = "x".join(map(str, shape))
     largest = TPUS[kind].largest
     if len(largest) == 2:
         if size not in _FLAT:

@@ -118,19 +118,25 @@ class Topology:
         return self.chip.name, {"platform": "cuda", "topology": shape, "target_config": target}
 
 
+def split_name(text: str) -> tuple[str, tuple[int, ...]] | None:
+    """``v5p:4x4x8``, ``v5p_4x4x8`` -> ("v5p", (4, 4, 8)); None where it is not of that form."""
+    found = re.fullmatch(r"(cpu(?=\d)|[a-z]\w*?(?=[:_x]\d))[:_x]?(\d+(?:x\d+)*)", text)
+    return None if found is None else (found[1], tuple(map(int, found[2].split("x"))))
+
+
 def parse_topology(text: str, flag: str = "--topology") -> Topology:
     """``v5p:4x4x8``, ``v5p_4x4x8``, ``h200:8``, ``h200x8``, ``cpu8``, ... -> Topology.
 
     Raises:
       UserError: naming ``flag``: an unknown chip, or a shape that it does not come in.
     """
-    found = re.fullmatch(r"(cpu(?=\d)|[a-z]\w*?(?=[:_x]\d))[:_x]?(\d+(?:x\d+)*)", text)
+    found = split_name(text)
     if found is None:
         raise UserError(
             f"{flag} {text}: write CHIP:SHAPE, such as v5p:4x4x8, v6e:16x16 or h200:8"
             f"{did_you_mean(text, PRESETS)}"
         )
-    name, shape = found[1], tuple(map(int, found[2].split("x")))
+    name, shape = found
     if name not in CHIPS:
         raise UserError(f"{flag} {text}: no chip {name!r}{did_you_mean(name, CHIPS)}")
     chip = CHIPS[name]

@@ -3,7 +3,7 @@
 import pytest
 
 from moejax.errors import UserError
-from moejax.parallel.machines import parse_topology
+from moejax.parallel.machines import parse_machines
 
 
 @pytest.mark.parametrize(
@@ -20,18 +20,20 @@ from moejax.parallel.machines import parse_topology
         ("h100:16", 16, 2),
         ("h200:8", 8, 1),
         ("l4:1", 1, 1),
+        ("v5p_4x4x8", 128, 32),
+        ("h200x8", 8, 1),
     ],
 )
 def test_chips_and_hosts(text, chips, hosts):
-    machines = parse_topology(text)
+    machines = parse_machines(text)
     assert (machines.chips, machines.hosts) == (chips, hosts)
     assert machines.hosts * machines.chips_per_host == chips
 
 
 def test_nodes_of_gpus_may_be_fewer_than_full():
-    machines = parse_topology("h100:16", nodes=4)
+    machines = parse_machines("h100:16", nodes=4)
     assert (machines.hosts, machines.chips_per_host) == (4, 4)
-    assert parse_topology("v5p:4x4x8", nodes=32).hosts == 32
+    assert parse_machines("v5p:4x4x8", nodes=32).hosts == 32
 
 
 @pytest.mark.parametrize(
@@ -56,5 +58,5 @@ def test_nodes_of_gpus_may_be_fewer_than_full():
 )
 def test_what_there_is_not_is_refused(text, nodes, message):
     with pytest.raises(UserError) as error:
-        parse_topology(text, nodes)
+        parse_machines(text, nodes)
     assert message in str(error.value)
