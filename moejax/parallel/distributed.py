@@ -80,7 +80,7 @@ def start(flag: str | None = None, timeout: int = START_SECONDS) -> None:
     Args:
       flag: the value of ``--distributed``; None leaves it to ``MOEJAX_DISTRIBUTED``, then "auto".
       timeout: seconds to wait for the others. A process that waited in vain says so and exits with
-        2: the runtime would abort it.
+        1: the runtime would abort it.
 
     Raises:
       UserError: a spec that is none, or a cluster that was found but cannot be joined.
