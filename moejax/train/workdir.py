@@ -54,12 +54,14 @@ def check_workdir(workdir: Path, config: Config) -> dict | None:
             raise UserError(f"--workdir {workdir}: holds a run without config.json; use another")
         return None
     there, here = flatten(record), flatten(_jsonable(to_dict(config)))
+    # A field that is newer than the record: its default is what the run was made with.
+    defaults = flatten(_jsonable(to_dict(Config())))
     groups = {name.partition(".")[0] for name in here}
     differing = []
     for name in sorted(there.keys() | here.keys()):
         if name.partition(".")[0] not in groups or name.startswith(MAY_DIFFER):
             continue
-        old, new = there.get(name, "absent"), here.get(name, "absent")
+        old, new = there.get(name, defaults.get(name, "absent")), here.get(name, "absent")
         if old == new or (name == "train.steps" and isinstance(old, int) and new > old):
             continue
         differing.append(f"{name} ({old} there, {new} now)")

@@ -142,6 +142,13 @@ def test_longer_run_goes_on_and_another_config_is_refused(fake_data, whole, caps
         with pytest.raises(UserError, match=message):
             train(make_config(**{"optim__ema_decay": 0.9, **change}), workdir)
     assert (workdir / "config.json").read_bytes() == before
+    # The run of an older moejax, whose schema had neither of two fields.
+    record = json.loads(before)
+    del record["train"]["init_experts"], record["optim"]["ema_decay"]
+    (workdir / "config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"another config: optim.ema_decay \(0.0 there, 0.9 now\);"):
+        train(make_config(optim__ema_decay=0.9), workdir)
+    (workdir / "config.json").write_bytes(before)
     longer = make_config(
         optim__ema_decay=0.9, train__steps=14, train__checkpoint_every=3, log__every=7
     )
