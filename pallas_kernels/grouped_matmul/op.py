@@ -1,12 +1,14 @@
 """The public grouped matmul, with its gradients."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.backends import check_backend
+from pallas_kernels.grouped_matmul import programs, reference
 from pallas_kernels.varying import cast_to_common_varying
 
 
@@ -19,6 +21,7 @@ def grouped_matmul(
     transpose_rhs: bool = False,
     out_dtype=None,
     backend: str = "auto",
+    interpret: Any = False,
 ) -> Float[Array, "t f"]:
     """``out[r] = x[r] @ w[g(r) - group_offset]`` for rows sorted by group.
 
@@ -29,7 +32,9 @@ def grouped_matmul(
       group_sizes: rows of every group; their sum is at most t.
       out_dtype: of the result, by default that of ``x_td``; sums are in float32 or wider.
       backend: ``reference`` (every group for every row), ``xla`` (row tiles on CPU,
-        ``lax.ragged_dot`` on TPU and GPU) or ``auto`` (``xla``).
+        ``lax.ragged_dot`` on TPU and GPU), ``tpu`` (Pallas) or ``auto`` (``tpu`` in programs for
+        TPUs, ``xla`` elsewhere).
+      interpret: runs the Pallas kernel anywhere, slowly, as in ``pl.pallas_call``.
 
     Returns:
       [t, f]; rows of groups without a local weight, and rows past the last group, are zero. Their
@@ -37,25 +42,28 @@ def grouped_matmul(
 
     Raises:
       ValueError: unknown backend.
+      NotImplementedError: ``tpu``, for what it has no tiles for.
     """
-    if backend not in ("auto", "xla", "reference"):
-        raise ValueError(f"grouped_matmul has no backend {backend!r}: auto, xla or reference")
+    check_backend("grouped_matmul", backend)
     dtype_name = jnp.dtype(out_dtype or x_td.dtype).name
-    options = (group_offset, transpose_rhs, dtype_name, backend == "reference")
+    options = _Options(group_offset, transpose_rhs, dtype_name, backend, interpret)
     return _grouped_matmul(options, *cast_to_common_varying(x_td, w_edf, group_sizes))
 
 
-def _forward(options, x_td, w_edf, group_sizes):
-    group_offset, transpose_rhs, out_dtype, use_reference = options
-    run = reference.grouped_matmul if use_reference else xla.grouped_matmul
-    return run(
-        x_td,
-        w_edf,
-        group_sizes,
-        group_offset=group_offset,
-        transpose_rhs=transpose_rhs,
-        out_dtype=out_dtype,
-    )
+class _Options(NamedTuple):
+    group_offset: int
+    transpose_rhs: bool
+    out_dtype: str
+    backend: str
+    interpret: Any
+
+
+def _forward(options: _Options, x_td, w_edf, group_sizes):
+    fields = options._asdict()
+    if options.backend == "reference":
+        del fields["backend"], fields["interpret"]
+        return reference.grouped_matmul(x_td, w_edf, group_sizes, **fields)
+    return programs.grouped_matmul(x_td, w_edf, group_sizes, **fields)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -67,18 +75,24 @@ def _grouped_matmul_fwd(options, x_td, w_edf, group_sizes):
     return _forward(options, x_td, w_edf, group_sizes), (x_td, w_edf, group_sizes)
 
 
-def _grouped_matmul_bwd(options, residuals, dout_tf):
-    group_offset, transpose_rhs, _, use_reference = options
+def _grouped_matmul_bwd(options: _Options, residuals, dout_tf):
     x_td, w_edf, group_sizes = residuals
-    dx_options = (group_offset, not transpose_rhs, x_td.dtype.name, use_reference)
+    dx_options = options._replace(
+        transpose_rhs=not options.transpose_rhs, out_dtype=x_td.dtype.name
+    )
     dx_td = _forward(dx_options, dout_tf, w_edf, group_sizes)
-    run = reference.grouped_matmul_t if use_reference else xla.grouped_matmul_t
-    left, right = (dout_tf, x_td) if transpose_rhs else (x_td, dout_tf)
+    if options.backend == "reference":
+        run = reference.grouped_matmul_t
+    else:
+        run = functools.partial(
+            programs.grouped_matmul_t, backend=options.backend, interpret=options.interpret
+        )
+    left, right = (dout_tf, x_td) if options.transpose_rhs else (x_td, dout_tf)
     dw_edf = run(
         left,
         right,
         group_sizes,
-        group_offset=group_offset,
+        group_offset=options.group_offset,
         num_local=w_edf.shape[0],
         out_dtype=w_edf.dtype.name,
     )

@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.grouped_mlp import reference, xla
+from pallas_kernels.backends import check_backend
+from pallas_kernels.grouped_mlp import programs, reference
 from pallas_kernels.grouped_mlp.operands import Operands
 from pallas_kernels.rows.xla import choices_to_rows, rows_to_choices
 from pallas_kernels.varying import cast_to_common_varying
@@ -26,6 +27,7 @@ def grouped_mlp(
     group_offset: int = 0,
     expected_share: float = 1.0,
     backend: str = "auto",
+    interpret: Any = False,
 ) -> Float[Array, "t d"]:
     """``out[t] = sum_k gates[t, k] * activation(x[t] @ wi[g]) @ wo[g]``, g the group of (t, k).
 
@@ -46,14 +48,16 @@ def grouped_mlp(
       group_offset: of the first local group.
       expected_share: of the rows, those that belong to a group on average, for the count of FLOPs.
       backend: ``reference`` (every group for every row), ``xla`` (row tiles on CPU,
-        ``lax.ragged_dot`` on TPU and GPU) or ``auto`` (``xla``).
+        ``lax.ragged_dot`` on TPU and GPU), ``tpu`` (Pallas) or ``auto`` (``tpu`` in programs for
+        TPUs, ``xla`` elsewhere).
+      interpret: runs the Pallas kernels anywhere, slowly, as in ``pl.pallas_call``.
 
     Raises:
       ValueError: unknown backend.
+      NotImplementedError: ``tpu``, for what it has no tiles for.
     """
-    if backend not in ("auto", "xla", "reference"):
-        raise ValueError(f"grouped_mlp has no backend {backend!r}: auto, xla or reference")
-    options = _Options(activation, group_offset, expected_share)
+    check_backend("grouped_mlp", backend)
+    options = _Options(activation, group_offset, expected_share, backend, interpret)
     operands = (x_td, wi_edf, wo_efd, token, row, group_sizes)
     if backend == "reference":
         options = {"activation": activation, "group_offset": group_offset}
@@ -67,23 +71,25 @@ class _Options(NamedTuple):
     activation: Callable
     group_offset: int
     expected_share: float
+    backend: str
+    interpret: Any
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _grouped_mlp(options, x_td, wi_edf, wo_efd, token, row, group_sizes, gates):
     of = _operands(x_td, wi_edf, wo_efd, token, row, group_sizes, gates)
-    return xla.forward(of, keep_hidden=False, **options._asdict())[0]
+    return programs.forward(of, keep_hidden=False, **options._asdict())[0]
 
 
 def _grouped_mlp_fwd(options, x_td, wi_edf, wo_efd, token, row, group_sizes, gates):
     of = _operands(x_td, wi_edf, wo_efd, token, row, group_sizes, gates)
-    out_td, h_rf = xla.forward(of, keep_hidden=True, **options._asdict())
+    out_td, h_rf = programs.forward(of, keep_hidden=True, **options._asdict())
     return out_td, (of, h_rf, gates)
 
 
 def _grouped_mlp_bwd(options, residuals, dout_td):
     of, h_rf, gates = residuals
-    dx_td, dwi_edf, dwo_efd, dscale = xla.backward(of, h_rf, dout_td, **options._asdict())
+    dx_td, dwi_edf, dwo_efd, dscale = programs.backward(of, h_rf, dout_td, **options._asdict())
     dgates = None if gates is None else rows_to_choices(dscale, of.row).astype(gates.dtype)
     return dx_td, dwi_edf, dwo_efd, None, None, None, dgates
 

@@ -1,4 +1,4 @@
-"""What TPU and GPU run: the same steps over all rows at once, by ``lax.ragged_dot``."""
+"""The same steps over all rows at once, by ``lax.ragged_dot`` or another grouped matmul."""
 
 import functools
 
@@ -9,9 +9,9 @@ from pallas_kernels.grouped_mlp.operands import Operands
 from pallas_kernels.rows.xla import gather_rows, sum_rows
 
 
-def forward(of: Operands, *, activation, group_offset, keep_hidden):
+def forward(of: Operands, *, activation, group_offset, keep_hidden, matmul=ragged_matmul):
     multiply = functools.partial(
-        ragged_matmul,
+        matmul,
         group_sizes=of.group_sizes,
         group_offset=group_offset,
         transpose_rhs=False,
@@ -23,13 +23,22 @@ def forward(of: Operands, *, activation, group_offset, keep_hidden):
     return sum_rows(y_rd, of.row), h_rf if keep_hidden else None
 
 
-def backward(of: Operands, h_rf, dout_td, *, activation, group_offset):
+def backward(
+    of: Operands,
+    h_rf,
+    dout_td,
+    *,
+    activation,
+    group_offset,
+    matmul=ragged_matmul,
+    matmul_t=ragged_matmul_t,
+):
     dtype = of.sum_dtype
     multiply = functools.partial(
-        ragged_matmul, group_sizes=of.group_sizes, group_offset=group_offset, transpose_rhs=True
+        matmul, group_sizes=of.group_sizes, group_offset=group_offset, transpose_rhs=True
     )
     multiply_t = functools.partial(
-        ragged_matmul_t,
+        matmul_t,
         group_sizes=of.group_sizes,
         group_offset=group_offset,
         num_local=of.wi_edf.shape[0],

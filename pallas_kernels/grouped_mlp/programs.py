@@ -1,20 +1,22 @@
-"""Portable grouped MLP: a loop over row tiles on CPU, ``lax.ragged_dot`` elsewhere."""
+"""The jitted grouped MLPs of each backend, with what they cost.
+
+XLA's is a loop over row tiles on CPU and ``lax.ragged_dot`` elsewhere; on TPUs ``auto`` is Pallas.
+"""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jax import lax
-
+from pallas_kernels.backends import select
 from pallas_kernels.costs import Cost, costed_jit
-from pallas_kernels.grouped_mlp import loop, ragged
+from pallas_kernels.grouped_mlp import loop, ragged, tpu
 from pallas_kernels.grouped_mlp.operands import Operands
 from pallas_kernels.tiles import worst_case_rows
 
 
 def forward(of: Operands, *, expected_share, **options):
-    """(out [t, d], h [rows, _] or None): tokens' sums, and what the first matrix gave.
+    """(out [t, d], h or None): tokens' sums, and what the first matrix gave, for ``backward``.
 
-    ``options`` are ``activation``, ``group_offset`` and ``keep_hidden``.
+    ``options`` are ``activation``, ``group_offset``, ``keep_hidden``, ``backend``, ``interpret``.
     """
     return _program("forward", _Shape.of(of, expected_share), **options)(of)
 
@@ -55,19 +57,20 @@ class _Shape(NamedTuple):
         )
 
 
-# direction -> (on CPU, elsewhere)
+# direction -> (XLA's on CPU, XLA's elsewhere, Pallas's on TPU)
 _KERNELS = {
-    "forward": (loop.forward, ragged.forward),
-    "backward": (loop.backward, ragged.backward),
+    "forward": (loop.forward, ragged.forward, tpu.forward),
+    "backward": (loop.backward, ragged.backward, tpu.backward),
 }
 
 
 @functools.cache
-def _program(direction: str, shape: _Shape, **options):
+def _program(direction: str, shape: _Shape, backend: str, interpret: Any, **options):
     """The jitted kernel of these shapes and static options."""
-    on_cpu, elsewhere = (functools.partial(run, **options) for run in _KERNELS[direction])
+    cpu, default, on_tpu = (functools.partial(run, **options) for run in _KERNELS[direction])
+    on_tpu = functools.partial(on_tpu, interpret=interpret)
 
     def run(*operands):
-        return lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
+        return select(backend, cpu=cpu, tpu=on_tpu, default=default)(*operands)
 
     return costed_jit(run, shape.name(direction), shape.cost(direction))

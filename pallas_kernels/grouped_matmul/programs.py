@@ -1,26 +1,32 @@
-"""Portable grouped matmul: a loop over row tiles on CPU, ``lax.ragged_dot`` elsewhere.
+"""The jitted grouped matmuls of each backend, with what they cost.
 
-The loop's length depends on the data; autodiff never sees it, the op has a ``custom_vjp``.
+XLA's is a loop over row tiles on CPU, whose length depends on the data, and ``lax.ragged_dot``
+elsewhere; on TPUs ``auto`` is the Pallas kernel. Autodiff sees none of them, the op has a
+``custom_vjp``.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jax import lax
-
+from pallas_kernels.backends import select
 from pallas_kernels.costs import Cost, costed_jit
+from pallas_kernels.grouped_matmul import tpu
 from pallas_kernels.grouped_matmul.loop import loop_matmul, loop_matmul_t
 from pallas_kernels.grouped_matmul.ragged import ragged_matmul, ragged_matmul_t
 from pallas_kernels.tiles import worst_case_rows
 
 
-def grouped_matmul(x_td, w_edf, group_sizes, *, group_offset, transpose_rhs, out_dtype):
+def grouped_matmul(
+    x_td, w_edf, group_sizes, *, group_offset, transpose_rhs, out_dtype, backend, interpret
+):
     """``out[r] = x[r] @ w[group(r) - group_offset]``, zero for rows of other groups."""
     inner, outer = w_edf.shape[1:] if not transpose_rhs else w_edf.shape[:0:-1]
     shape = _Shape(x_td.shape[0], inner, outer, w_edf.shape[0], group_sizes.shape[0])
     run = _program(
         "grouped_matmul",
         shape,
+        backend,
+        interpret,
         group_offset=group_offset,
         transpose_rhs=transpose_rhs,
         out_dtype=out_dtype,
@@ -28,12 +34,15 @@ def grouped_matmul(x_td, w_edf, group_sizes, *, group_offset, transpose_rhs, out
     return run(x_td, w_edf, group_sizes)
 
 
-def grouped_matmul_t(x_td, y_tf, group_sizes, *, group_offset, num_local, out_dtype):
+def grouped_matmul_t(
+    x_td, y_tf, group_sizes, *, group_offset, num_local, out_dtype, backend, interpret
+):
     """``out[e] = x[rows of e].T @ y[rows of e]``, exactly zero for empty groups."""
     rows, inner = x_td.shape
     shape = _Shape(rows, inner, y_tf.shape[1], num_local, group_sizes.shape[0])
     options = {"group_offset": group_offset, "num_local": num_local, "out_dtype": out_dtype}
-    return _program("grouped_matmul_t", shape, **options)(x_td, y_tf, group_sizes)
+    run = _program("grouped_matmul_t", shape, backend, interpret, **options)
+    return run(x_td, y_tf, group_sizes)
 
 
 class _Shape(NamedTuple):
@@ -56,19 +65,20 @@ class _Shape(NamedTuple):
         )
 
 
-# kernel -> (on CPU, elsewhere)
+# kernel -> (XLA's on CPU, XLA's elsewhere, Pallas's on TPU)
 _KERNELS = {
-    "grouped_matmul": (loop_matmul, ragged_matmul),
-    "grouped_matmul_t": (loop_matmul_t, ragged_matmul_t),
+    "grouped_matmul": (loop_matmul, ragged_matmul, tpu.grouped_matmul),
+    "grouped_matmul_t": (loop_matmul_t, ragged_matmul_t, tpu.grouped_matmul_t),
 }
 
 
 @functools.cache
-def _program(kernel: str, shape: _Shape, **options):
+def _program(kernel: str, shape: _Shape, backend: str, interpret: Any, **options):
     """The jitted kernel of these shapes and static options."""
-    on_cpu, elsewhere = (functools.partial(run, **options) for run in _KERNELS[kernel])
+    cpu, default, on_tpu = (functools.partial(run, **options) for run in _KERNELS[kernel])
+    on_tpu = functools.partial(on_tpu, interpret=interpret)
 
     def run(*operands):
-        return lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
+        return select(backend, cpu=cpu, tpu=on_tpu, default=default)(*operands)
 
     return costed_jit(run, shape.name(kernel), shape.cost())

@@ -1,0 +1,54 @@
+"""Which code runs an op: named by the caller, or chosen for what a program is compiled for."""
+
+import functools
+import logging
+from collections.abc import Callable
+
+from jax import lax
+
+from pallas_kernels.versions import target_platform
+
+BACKENDS = ("auto", "reference", "xla", "tpu")
+
+_logger = logging.getLogger(__name__)
+
+
+def check_backend(op: str, backend: str) -> None:
+    """ValueError if there is no such backend."""
+    if backend not in BACKENDS:
+        known = f"{', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}"
+        raise ValueError(f"{op} has no backend {backend!r}: {known}")
+
+
+def select(backend: str, *, cpu: Callable, tpu: Callable, default: Callable) -> Callable:
+    """The function of a backend: ``auto`` takes that of the platform a program is traced for.
+
+    Args:
+      backend: "xla" (``cpu`` or ``default``), "tpu", or "auto": ``tpu`` where it can, on TPUs.
+      cpu: what XLA runs on a CPU.
+      tpu: the Pallas kernel; raises NotImplementedError for what it does not know.
+      default: what XLA runs elsewhere.
+    """
+    if backend == "tpu":
+        return tpu
+    on_tpu = _or_else(tpu, default) if backend == "auto" else default
+    target = target_platform()
+    if target is None:
+        return functools.partial(lax.platform_dependent, cpu=cpu, tpu=on_tpu, default=default)
+    return {"cpu": cpu, "tpu": on_tpu}.get(target, default)
+
+
+def _or_else(tpu: Callable, default: Callable) -> Callable:
+    def run(*operands):
+        try:
+            return tpu(*operands)
+        except NotImplementedError as error:
+            _warn_once(str(error))
+            return default(*operands)
+
+    return run
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    _logger.warning("%s; lax.ragged_dot is used", message)
