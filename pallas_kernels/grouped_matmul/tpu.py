@@ -96,7 +96,7 @@ def rows_matmul(
     blocks: Blocks | None = None,
     existing: jax.Array | None = None,
     interpret: Any = False,
-) -> list[jax.Array]:
+) -> tuple[jax.Array, ...]:
     """``epilogue(x[r] @ w[g(r)])`` for rows sorted by group.
 
     Args:
@@ -151,7 +151,7 @@ def rows_matmul(
         row_specs.append(
             pl.BlockSpec((1, tm, tn), lambda j, v, i, g, t, s, b, e: (0, t[v], j))
         )
-    return pl.pallas_call(
+    outputs = pl.pallas_call(
         functools.partial(
             _rows_kernel,
             geometry=geometry,
@@ -178,6 +178,7 @@ def rows_matmul(
         interpret=interpret,
         name="grouped_matmul",
     )(*visits[:-1], *operands)
+    return tuple(outputs)
 
 
 def _product(x_ptk, w_edf, transpose_rhs, views, epilogue: Epilogue, existing) -> Product:

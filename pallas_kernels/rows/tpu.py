@@ -53,13 +53,12 @@ def weighted_rows(
       NotImplementedError: rows of another type or width, or too many of them.
     """
     (n, d), (rows, k) = x_nd.shape, index_rk.shape
-    sublanes = _sublanes(x_nd)
+    tile = row_tile(x_nd)
     if rows * k > _MOST_INDICES:
         raise NotImplementedError(
             f"the tpu backend holds {_MOST_INDICES:,} row indices, not {rows * k:,}"
         )
-    tile = (sublanes, d // sublanes)
-    block = _block(rows, k * d * x_nd.dtype.itemsize)
+    block = block_rows(rows, 2 * k * d * x_nd.dtype.itemsize)
     steps = -(-rows // block)
     inside = (index_rk >= 0) & (index_rk < n)
     # Rows past the last are asked for as well, for the last block may be cut off.
@@ -101,19 +100,24 @@ def row_bytes(rows: int, k: int, d: int, itemsize: int) -> int:
     return (rows * k + rows) * d * itemsize + 2 * rows * max(k, _LANES) * 4
 
 
-def _sublanes(x_nd) -> int:
+def row_tile(x_nd) -> tuple[int, int]:
+    """A row as a tile of memory.
+
+    Raises:
+      NotImplementedError: rows of another type or width than can be one.
+    """
     sublanes = {jnp.dtype(jnp.float32): 8, jnp.dtype(jnp.bfloat16): 16}.get(x_nd.dtype)
     if sublanes is None or x_nd.shape[1] % (sublanes * _LANES):
         raise NotImplementedError(
             f"the tpu backend copies rows of float32 (a multiple of 1,024 numbers) or bfloat16 "
             f"(2,048), not of {x_nd.dtype} ({x_nd.shape[1]:,})"
         )
-    return sublanes
+    return sublanes, x_nd.shape[1] // sublanes
 
 
-def _block(rows: int, bytes_of_row: int) -> int:
-    """Rows of a block: a power of two, at least 8."""
-    most = max(_SHARE * vmem_capacity() / (2 * bytes_of_row), 8)
+def block_rows(rows: int, bytes_of_row: int) -> int:
+    """Rows of a block of which each takes so many bytes of VMEM: a power of two, at least 8."""
+    most = max(_SHARE * vmem_capacity() / bytes_of_row, 8)
     return min(_BLOCK, 2 ** int(math.log2(most)), max(8, 2 ** math.ceil(math.log2(rows))))
 
 
