@@ -172,7 +172,7 @@ def rows_matmul(
             "parallel", "arbitrary", "arbitrary", vmem_bytes=blocks.vmem_bytes
         ),
         cost_estimate=geometry.count(
-            make_visits(even_sizes(geometry.rows, group_sizes.shape[0])),
+            make_visits(_known(group_sizes, geometry.rows)),
             sum(geometry.row_bytes(array) for array in (*operands[1 + views :], *out_shapes)),
         ),
         interpret=interpret,
@@ -200,6 +200,13 @@ def _product(x_ptk, w_edf, transpose_rhs, views, epilogue: Epilogue, existing) -
         numbers=len(epilogue.inputs) - len(wide) + len(sums),
         exact=bool(sums),
     )
+
+
+def _known(group_sizes, rows: int) -> np.ndarray:
+    """The sizes that the cost is stated for: those given, if they are, else even ones."""
+    if isinstance(group_sizes, np.ndarray):
+        return group_sizes
+    return even_sizes(rows, group_sizes.shape[0])
 
 
 class _Geometry(NamedTuple):
@@ -459,7 +466,7 @@ def groups_matmul(
             "parallel", "parallel", "arbitrary", vmem_bytes=blocks.vmem_bytes
         ),
         cost_estimate=_groups_count(
-            make_visits(even_sizes(rows, group_sizes.shape[0])),
+            make_visits(_known(group_sizes, rows)),
             blocks,
             grid,
             (x_tk.dtype.itemsize, y_ptn.dtype.itemsize),
