@@ -8,33 +8,39 @@ from jax import lax
 
 from pallas_kernels.versions import target_platform
 
-BACKENDS = ("auto", "reference", "xla", "tpu")
+BACKENDS = ("auto", "reference", "xla", "tpu", "gpu")
+# Of the kernels that move rows: XLA's gathers are what GPUs run.
+ROW_BACKENDS = ("auto", "reference", "xla", "tpu")
 
 _logger = logging.getLogger(__name__)
 
 
-def check_backend(op: str, backend: str) -> None:
-    """ValueError if there is no such backend."""
-    if backend not in BACKENDS:
-        known = f"{', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}"
+def check_backend(op: str, backend: str, backends: tuple[str, ...] = BACKENDS) -> None:
+    """ValueError if ``op`` has no such backend."""
+    if backend not in backends:
+        known = f"{', '.join(backends[:-1])} or {backends[-1]}"
         raise ValueError(f"{op} has no backend {backend!r}: {known}")
 
 
-def select(backend: str, *, cpu: Callable, tpu: Callable, default: Callable) -> Callable:
+def select(
+    backend: str, *, cpu: Callable, tpu: Callable, gpu: Callable, default: Callable
+) -> Callable:
     """The function of a backend: ``auto`` takes that of the platform a program is traced for.
 
     Args:
-      backend: "xla" (``cpu`` or ``default``), "tpu", or "auto": ``tpu`` where it can, on TPUs.
+      backend: "xla" (``cpu`` or ``default``), "tpu", "gpu", or "auto": ``tpu`` where it can, on
+        TPUs, and XLA elsewhere. The kernel for GPUs has not been measured yet.
       cpu: what XLA runs on a CPU.
-      tpu: the Pallas kernel; raises NotImplementedError for what it does not know.
+      tpu: the Pallas kernel for TPUs; raises NotImplementedError for what it does not know.
+      gpu: that for NVIDIA GPUs; the same.
       default: what XLA runs elsewhere.
     """
-    if backend == "tpu":
-        return tpu
+    if backend in ("tpu", "gpu"):
+        return {"tpu": tpu, "gpu": gpu}[backend]
     on_tpu = _or_else(tpu, default) if backend == "auto" else default
     target = target_platform()
     if target is None:
-        return functools.partial(lax.platform_dependent, cpu=cpu, tpu=on_tpu, default=default)
+        return functools.partial(lax.platform_dependent, cpu=cpu, default=default)
     return {"cpu": cpu, "tpu": on_tpu}.get(target, default)
 
 

@@ -1,12 +1,14 @@
 """What differs between the versions of jax that moejax runs with, as far as Pallas is concerned."""
 
 import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.varying import varying_axes
 
 # TPU v5p.
 _SMALLEST_VMEM = 64 << 20
+_H100_MULTIPROCESSORS = 132
 
 
 def out_struct(shape: tuple[int, ...], dtype, like: jax.Array) -> jax.ShapeDtypeStruct:
@@ -18,14 +20,20 @@ def out_struct(shape: tuple[int, ...], dtype, like: jax.Array) -> jax.ShapeDtype
 
 
 def target_platform() -> str | None:
-    """What a program is traced for: the platform of the mesh that is set, None without one."""
+    """What a program is traced for: the platform of the mesh that is set, or TPUs if there are any.
+
+    None without either: a program that is lowered for TPUs on another machine needs a mesh that
+    says for which ones.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return None if device is None else device.platform
+    if device is not None:
+        return device.platform
+    return "tpu" if jax.default_backend() == "tpu" else None
 
 
 def vmem_capacity() -> int:
     """Bytes of VMEM of the TPU that a program is traced for; if it is not known, of the smallest."""
-    if target_platform() == "tpu" or (target_platform() is None and pltpu.is_tpu_device()):
+    if target_platform() == "tpu":
         return pltpu.get_tpu_info().vmem_capacity_bytes
     return _SMALLEST_VMEM
 
@@ -33,3 +41,25 @@ def vmem_capacity() -> int:
 def tpu_params(*semantics: str, vmem_bytes: int | None = None) -> pltpu.CompilerParams:
     """How the dimensions of a grid run ("parallel" or "arbitrary"), and the VMEM that is allowed."""
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem_bytes)
+
+
+def multiprocessors() -> int:
+    """Of the GPU that a program is traced for; if it is not known, those of an H100."""
+    if target_platform() is None and jax.default_backend() == "gpu":
+        return jax.devices()[0].core_count
+    return _H100_MULTIPROCESSORS
+
+
+def gpu_kernel(body, out_shape, like: jax.Array, *, name: str, interpret):
+    """A kernel that runs once on each multiprocessor, along the axis "sm"."""
+    body.__name__ = name
+    return plgpu.kernel(
+        body,
+        out_type=out_struct(out_shape.shape, out_shape.dtype, like),
+        grid=(multiprocessors(),),
+        grid_names=("sm",),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+        interpret=interpret or None,
+    )

@@ -32,8 +32,8 @@ def grouped_matmul(
       group_sizes: rows of every group; their sum is at most t.
       out_dtype: of the result, by default that of ``x_td``; sums are in float32 or wider.
       backend: ``reference`` (every group for every row), ``xla`` (row tiles on CPU,
-        ``lax.ragged_dot`` on TPU and GPU), ``tpu`` (Pallas) or ``auto`` (``tpu`` in programs for
-        TPUs, ``xla`` elsewhere).
+        ``lax.ragged_dot`` on TPU and GPU), ``tpu`` and ``gpu`` (Pallas) or ``auto`` (``tpu`` in
+        programs for TPUs, ``xla`` elsewhere).
       interpret: runs the Pallas kernel anywhere, slowly, as in ``pl.pallas_call``.
 
     Returns:
@@ -42,7 +42,7 @@ def grouped_matmul(
 
     Raises:
       ValueError: unknown backend.
-      NotImplementedError: ``tpu``, for what it has no tiles for.
+      NotImplementedError: ``tpu`` or ``gpu``, for shapes and types that it does not know.
     """
     check_backend("grouped_matmul", backend)
     dtype_name = jnp.dtype(out_dtype or x_td.dtype).name

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pallas_kernels.backends import select
 from pallas_kernels.costs import Cost, costed_jit
-from pallas_kernels.grouped_matmul import tpu
+from pallas_kernels.grouped_matmul import gpu, tpu
 from pallas_kernels.grouped_matmul.loop import loop_matmul, loop_matmul_t
 from pallas_kernels.grouped_matmul.ragged import ragged_matmul, ragged_matmul_t
 from pallas_kernels.tiles import worst_case_rows
@@ -65,20 +65,24 @@ class _Shape(NamedTuple):
         )
 
 
-# kernel -> (XLA's on CPU, XLA's elsewhere, Pallas's on TPU)
+# kernel -> (XLA's on CPU, XLA's elsewhere, Pallas's on TPU, Pallas's on GPU)
 _KERNELS = {
-    "grouped_matmul": (loop_matmul, ragged_matmul, tpu.grouped_matmul),
-    "grouped_matmul_t": (loop_matmul_t, ragged_matmul_t, tpu.grouped_matmul_t),
+    "grouped_matmul": (loop_matmul, ragged_matmul, tpu.grouped_matmul, gpu.grouped_matmul),
+    "grouped_matmul_t": (
+        *(loop_matmul_t, ragged_matmul_t),
+        *(tpu.grouped_matmul_t, gpu.grouped_matmul_t),
+    ),
 }
 
 
 @functools.cache
 def _program(kernel: str, shape: _Shape, backend: str, interpret: Any, **options):
     """The jitted kernel of these shapes and static options."""
-    cpu, default, on_tpu = (functools.partial(run, **options) for run in _KERNELS[kernel])
-    on_tpu = functools.partial(on_tpu, interpret=interpret)
+    cpu, default, *kernels = (functools.partial(run, **options) for run in _KERNELS[kernel])
+    on_tpu, on_gpu = (functools.partial(run, interpret=interpret) for run in kernels)
 
     def run(*operands):
-        return select(backend, cpu=cpu, tpu=on_tpu, default=default)(*operands)
+        chosen = select(backend, cpu=cpu, tpu=on_tpu, gpu=on_gpu, default=default)
+        return chosen(*operands)
 
     return costed_jit(run, shape.name(kernel), shape.cost())

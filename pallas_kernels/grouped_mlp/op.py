@@ -48,13 +48,13 @@ def grouped_mlp(
       group_offset: of the first local group.
       expected_share: of the rows, those that belong to a group on average, for the count of FLOPs.
       backend: ``reference`` (every group for every row), ``xla`` (row tiles on CPU,
-        ``lax.ragged_dot`` on TPU and GPU), ``tpu`` (Pallas) or ``auto`` (``tpu`` in programs for
-        TPUs, ``xla`` elsewhere).
+        ``lax.ragged_dot`` on TPU and GPU), ``tpu`` and ``gpu`` (Pallas) or ``auto`` (``tpu`` in
+        programs for TPUs, ``xla`` elsewhere).
       interpret: runs the Pallas kernels anywhere, slowly, as in ``pl.pallas_call``.
 
     Raises:
       ValueError: unknown backend.
-      NotImplementedError: ``tpu``, for what it has no tiles for.
+      NotImplementedError: ``tpu`` or ``gpu``, for shapes and types that it does not know.
     """
     check_backend("grouped_mlp", backend)
     options = _Options(activation, group_offset, expected_share, backend, interpret)

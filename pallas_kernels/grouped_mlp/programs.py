@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pallas_kernels.backends import select
 from pallas_kernels.costs import Cost, costed_jit
-from pallas_kernels.grouped_mlp import loop, ragged, tpu
+from pallas_kernels.grouped_mlp import gpu, loop, ragged, tpu
 from pallas_kernels.grouped_mlp.operands import Operands
 from pallas_kernels.tiles import worst_case_rows
 
@@ -57,20 +57,21 @@ class _Shape(NamedTuple):
         )
 
 
-# direction -> (XLA's on CPU, XLA's elsewhere, Pallas's on TPU)
+# direction -> (XLA's on CPU, XLA's elsewhere, Pallas's on TPU, Pallas's on GPU)
 _KERNELS = {
-    "forward": (loop.forward, ragged.forward, tpu.forward),
-    "backward": (loop.backward, ragged.backward, tpu.backward),
+    "forward": (loop.forward, ragged.forward, tpu.forward, gpu.forward),
+    "backward": (loop.backward, ragged.backward, tpu.backward, gpu.backward),
 }
 
 
 @functools.cache
 def _program(direction: str, shape: _Shape, backend: str, interpret: Any, **options):
     """The jitted kernel of these shapes and static options."""
-    cpu, default, on_tpu = (functools.partial(run, **options) for run in _KERNELS[direction])
-    on_tpu = functools.partial(on_tpu, interpret=interpret)
+    cpu, default, *kernels = (functools.partial(run, **options) for run in _KERNELS[direction])
+    on_tpu, on_gpu = (functools.partial(run, interpret=interpret) for run in kernels)
 
     def run(*operands):
-        return select(backend, cpu=cpu, tpu=on_tpu, default=default)(*operands)
+        chosen = select(backend, cpu=cpu, tpu=on_tpu, gpu=on_gpu, default=default)
+        return chosen(*operands)
 
     return costed_jit(run, shape.name(direction), shape.cost(direction))

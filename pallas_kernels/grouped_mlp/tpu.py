@@ -17,7 +17,6 @@ from pallas_kernels.grouped_matmul.tpu import Epilogue, groups_matmul, rows_matm
 from pallas_kernels.grouped_mlp import ragged
 from pallas_kernels.grouped_mlp.operands import Operands
 from pallas_kernels.rows.xla import gather_rows, sum_rows
-from pallas_kernels.versions import target_platform
 
 _LANES = 128
 
@@ -68,7 +67,7 @@ def forward(of: Operands, *, activation, group_offset, keep_hidden, interpret: A
         out_dtype=dtype,
         interpret=interpret,
     )
-    return sum_rows(y_rd, of.row), _kept(h_prf[0]) if keep_hidden else None
+    return sum_rows(y_rd, of.row), h_prf[0] if keep_hidden else None
 
 
 def backward(of: Operands, h_prf, dout_td, *, activation, group_offset, interpret: Any = False):
@@ -82,8 +81,6 @@ def backward(of: Operands, h_prf, dout_td, *, activation, group_offset, interpre
             matmul=functools.partial(tpu.grouped_matmul, interpret=interpret),
             matmul_t=functools.partial(tpu.grouped_matmul_t, interpret=interpret),
         )
-    if h_prf.ndim == 2:
-        h_prf = jnp.moveaxis(h_prf.reshape(h_prf.shape[0], -1, of.wo_efd.shape[1]), 1, 0)
     parts, dtype = h_prf.shape[0], of.x_td.dtype
     scale = () if of.scale is None else (of.scale[:, None],)
 
@@ -126,18 +123,6 @@ def backward(of: Operands, h_prf, dout_td, *, activation, group_offset, interpre
     )
     dscale = dscale[0].sum(axis=0)[:, 0] if scale else None
     return sum_rows(dx_rd[0], of.row), dwi_edf, dwo_efd, dscale
-
-
-def _kept(h_prf):
-    """The hidden layer as it is kept: [parts, rows, f], or flat as the other backends keep it.
-
-    A program that may yet be compiled for any platform has one shape for all of them; a mesh that
-    is set (``jax.set_mesh``) says which it is.
-    """
-    if target_platform() is not None:
-        return h_prf
-    parts, rows, f = h_prf.shape
-    return jnp.moveaxis(h_prf, 0, 1).reshape(rows, parts * f)
 
 
 def _side_by_side(h):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.backends import check_backend
+from pallas_kernels.backends import ROW_BACKENDS, check_backend
 from pallas_kernels.router_topk import reference, tpu
 from pallas_kernels.varying import cast_to_common_varying
 
@@ -64,7 +64,7 @@ def router_topk(
       ValueError: unknown backend or scores, or more experts chosen than there are.
       NotImplementedError: ``tpu``, for 128 or more experts of a token.
     """
-    check_backend("router_topk", backend)
+    check_backend("router_topk", backend, ROW_BACKENDS)
     if scores not in SCORES:
         raise ValueError(f"router_topk has no scores {scores!r}: softmax, sigmoid or none")
     if not 0 < k <= logits_te.shape[1]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backends import check_backend
+from pallas_kernels.backends import ROW_BACKENDS, check_backend
 from pallas_kernels.dtypes import sum_dtype
 from pallas_kernels.rows import reference, tpu, xla
 from pallas_kernels.varying import cast_to_common_varying
@@ -38,7 +38,7 @@ def dispatch_rows(
       ValueError: unknown backend.
       NotImplementedError: ``tpu``, for rows that it cannot copy.
     """
-    check_backend("dispatch_rows", backend)
+    check_backend("dispatch_rows", backend, ROW_BACKENDS)
     operands = _common(x_td, token, row, scale)
     if backend == "reference":
         return reference.dispatch_rows(*operands)
@@ -68,7 +68,7 @@ def combine_rows(
       ValueError: unknown backend.
       NotImplementedError: ``tpu``, for rows that it cannot copy.
     """
-    check_backend("combine_rows", backend)
+    check_backend("combine_rows", backend, ROW_BACKENDS)
     operands = _common(y_rd, token, row, gates)
     if backend == "reference":
         return reference.combine_rows(*operands)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backends import check_backend
+from pallas_kernels.backends import ROW_BACKENDS, check_backend
 from pallas_kernels.dtypes import sum_dtype
 from pallas_kernels.tiles import zeros
 from pallas_kernels.tokens import reference, tpu, xla
@@ -33,7 +33,7 @@ def gather_tokens(
       ValueError: unknown backend.
       NotImplementedError: ``tpu``, for rows that it cannot copy.
     """
-    check_backend("gather_tokens", backend)
+    check_backend("gather_tokens", backend, ROW_BACKENDS)
     if backend == "reference":
         return reference.gather_tokens(x_btd, index_bc)
     operands = cast_to_common_varying(x_btd, index_bc)
@@ -65,7 +65,7 @@ def scatter_tokens(
       ValueError: unknown backend.
       NotImplementedError: ``tpu``, for rows that it cannot copy.
     """
-    check_backend("scatter_tokens", backend)
+    check_backend("scatter_tokens", backend, ROW_BACKENDS)
     if backend == "reference":
         return reference.scatter_tokens(base_btd, update_bcd, index_bc, weight_bc)
     given = (base_btd, update_bcd, index_bc)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from moejax.ops.untied import modality_layout, swiglu, untied_linear
 from pallas_kernels import grouped_mlp, sort_by_group
@@ -40,3 +41,18 @@ def test_the_grouped_product_is_that_of_the_target(name, target):
         lowered = jax.jit(program).trace(*arguments).lower(lowering_platforms=(target,))
         # On a CPU a loop over row tiles; elsewhere the ragged product of the platform.
         assert ("chlo.ragged_dot" in lowered.as_text()) == (target != "cpu")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("platform, kind", [("tpu", "TPU v6 lite"), ("cuda", "NVIDIA H200")])
+def test_a_mesh_says_which_device_it_is(name, platform, kind):
+    """On TPUs the Pallas kernels; those for GPUs only where they are asked for."""
+    device = AbstractDevice(kind, 1, platform)
+    mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
+    function, arguments = PROGRAMS[name]
+    gradient = jax.grad(lambda *args: function(*args).sum(), argnums=(0, 1))
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(gradient).trace(*arguments).lower(lowering_platforms=(platform,))
+    text = lowered.as_text()
+    assert ("tpu_custom_call" in text) == (platform == "tpu")
+    assert ("chlo.ragged_dot" in text) == (platform == "cuda")
