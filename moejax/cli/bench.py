@@ -14,13 +14,18 @@ routing.
               8 experts of 512, 2 for each token) and B (64 experts of 128, 8 for each token)
   untied_ffn  a feed-forward layer with weights for each of 2 modalities: case C (hidden 1,024)
 
+  kernels     the kernels of pallas_kernels: matmuls of 2 to 128 groups (E2, E8, E64, E128)
+              beside one dense matmul of the same rows, and beside lax.ragged_dot, a one-hot
+              einsum and torch's grouped matmul; `rows`, `tokens` and `router` beside a copy of
+              the same bytes. 1 / ratio is the share of the dense rate, or of the bandwidth
+
 `auto` is the function that training calls. Ratios mean most on a machine that does nothing else."""
 
 
 def run(argv: list[str]) -> int:
     """Runs ``moejax bench`` and returns the exit code."""
     parser = command_parser("bench", _DESCRIPTION, config=False, workdir=False)
-    parser.add_argument("name", nargs="?", metavar="NAME", help="moe_layer or untied_ffn")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="moe_layer, untied_ffn or kernels")
     parser.add_argument(
         "--cases", default="", metavar="A,B", help="sizes to time (default: all but tiny)"
     )
@@ -36,10 +41,10 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
     args = parser.parse(argv)
 
-    from moejax.analysis.bench import BENCHES, bench
+    from moejax.analysis.bench import BENCHES, KERNELS, bench
 
     if not args.name:
-        raise UserError(f"bench: give a NAME: {', '.join(BENCHES)}")
+        raise UserError(f"bench: give a NAME: {', '.join((*BENCHES, KERNELS))}")
     rows = bench(
         args.name,
         cases=_words(args.cases),

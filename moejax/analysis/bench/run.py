@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moejax.analysis.bench import kernels
 from moejax.analysis.bench.cases import (
     BENCHES,
     DIRECTIONS,
@@ -24,6 +25,7 @@ from moejax.analysis.bench.cases import (
 from moejax.errors import UserError, did_you_mean
 
 BASELINE = "dense_mlp"
+KERNELS = "kernels"
 
 
 def bench(
@@ -48,22 +50,50 @@ def bench(
     Raises:
       UserError: unknown bench, case, implementation or dtype, or no repeats.
     """
-    chosen = _named("bench", name, BENCHES)
+    chosen = _named("bench", name, {**BENCHES, KERNELS: None})
+    if name == KERNELS:
+        return _kernel_rows(cases, implementations, repeats, dtype, say)
     cases = cases or [case for case in chosen.cases if case != "tiny"]
     for case in cases:
         _named("--cases", case, chosen.cases)
     for other in implementations:
         _named("--implementations", other, chosen.implementations)
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"--dtype {dtype}: choose from: bfloat16, float32")
-    if repeats < 1:
-        raise UserError(f"--repeats {repeats}: needs at least 1")
+    _check_options(dtype, repeats)
     rows = []
     for case in cases:
         names = _names(chosen, case, implementations, say)
         for skew in SKEWS:
             say(f"{name} {case} {skew}: {', '.join(names)}")
             rows += _rows(name, chosen, case, skew, names, repeats, dtype)
+    return rows
+
+
+def _check_options(dtype: str, repeats: int) -> None:
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: choose from: bfloat16, float32")
+    if repeats < 1:
+        raise UserError(f"--repeats {repeats}: needs at least 1")
+
+
+def _kernel_rows(
+    cases: Sequence[str], wanted: Sequence[str], repeats: int, dtype: str, say
+) -> list[dict[str, Any]]:
+    _check_options(dtype, repeats)
+    rows = []
+    for case in cases or [case for case in kernels.CASES if case != "tiny"]:
+        chosen = _named("--cases", case, kernels.CASES)
+        for skew in kernels.SKEWS if chosen.kernel in ("matmul", "rows") else ("balanced",):
+            for direction, programs in kernels.programs(chosen, skew, dtype).items():
+                baseline = next(iter(programs))
+                for name in wanted:
+                    _named("--implementations", name, programs)
+                names = [baseline, *(name for name in wanted if name != baseline)]
+                programs = {name: programs[name] for name in (names if wanted else programs)}
+                say(f"{KERNELS} {case} {skew} {direction}: {', '.join(programs)}")
+                times = _interleaved(programs, repeats)
+                rows += [
+                    _row(KERNELS, case, skew, direction, name, baseline, times) for name in programs
+                ]
     return rows
 
 
@@ -99,18 +129,22 @@ def _rows(name, chosen, case, skew, names, repeats, dtype) -> Iterator[dict[str,
     for direction in DIRECTIONS:
         times = _interleaved({other: programs[direction, other] for other in names}, repeats)
         for other in names:
-            yield {
-                "bench": name,
-                "case": case,
-                "skew": skew,
-                "direction": direction,
-                "implementation": other,
-                "baseline": BASELINE,
-                "ms_median": times[other],
-                "ratio": times[other] / times[BASELINE],
-                "device": _device(),
-                "versions": _versions(),
-            }
+            yield _row(name, case, skew, direction, other, BASELINE, times)
+
+
+def _row(bench, case, skew, direction, name, baseline, times) -> dict[str, Any]:
+    return {
+        "bench": bench,
+        "case": case,
+        "skew": skew,
+        "direction": direction,
+        "implementation": name,
+        "baseline": baseline,
+        "ms_median": times[name],
+        "ratio": times[name] / times[baseline],
+        "device": _device(),
+        "versions": _versions(),
+    }
 
 
 def _program(

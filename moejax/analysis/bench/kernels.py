@@ -1,0 +1,224 @@
+"""``moejax bench kernels``: each kernel beside the best that its device does.
+
+A grouped matmul beside one dense matmul of the same rows, a kernel that moves rows beside a copy
+of the same bytes.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels import (
+    combine_rows,
+    dispatch_rows,
+    gather_tokens,
+    grouped_matmul,
+    router_topk,
+    scatter_tokens,
+    sort_by_group,
+)
+
+SKEWS = ("balanced", "zipf", "worst")
+# Platform -> the backends of pallas_kernels that it has.
+_BACKENDS = {"tpu": ("tpu",), "gpu": ("gpu",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCase:
+    """What is timed, and at which size.
+
+    Attributes:
+      kernel: "matmul", "rows", "tokens" or "router".
+      groups: of the rows.
+      small: rows, width and columns on a CPU.
+      large: on an accelerator.
+      top_k: choices of a token.
+    """
+
+    kernel: str
+    groups: int
+    small: tuple[int, int, int]
+    large: tuple[int, int, int]
+    top_k: int = 2
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.small if jax.default_backend() == "cpu" else self.large
+
+
+_SMALL, _LARGE = (4096, 256, 512), (65536, 2048, 4096)
+CASES = {
+    **{f"E{e}": KernelCase("matmul", e, _SMALL, _LARGE) for e in (2, 8, 64, 128)},
+    "rows": KernelCase("rows", 8, (4096, 1024, 0), (16384, 2048, 0)),
+    "tokens": KernelCase("tokens", 1, (4096, 1024, 0), (65536, 2048, 0)),
+    "router": KernelCase("router", 64, (4096, 64, 0), (65536, 64, 0), top_k=8),
+    "tiny": KernelCase("matmul", 4, (64, 16, 24), (64, 16, 24)),
+}
+
+
+def group_sizes(case: KernelCase, skew: str) -> np.ndarray:
+    """Rows of each group; ``worst``: all in the last."""
+    rows, groups = case.shape[0], case.groups
+    share = {
+        "balanced": np.ones(groups),
+        "zipf": 1 / np.arange(1, groups + 1),
+        "worst": np.eye(groups)[-1],
+    }[skew]
+    ends = np.round(np.cumsum(share / share.sum()) * rows).astype(int)
+    return np.diff(ends, prepend=0).astype(np.int32)
+
+
+def programs(case: KernelCase, skew: str, dtype: str) -> dict[str, dict[str, Callable]]:
+    """direction -> implementation -> a call without arguments; the baseline comes first."""
+    make = {"matmul": _matmul, "rows": _rows, "tokens": _tokens, "router": _router}[case.kernel]
+    return make(case, skew, dtype)
+
+
+def _normal(*shape: int, dtype: str, seed: int = 0) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def _backends() -> tuple[str, ...]:
+    return ("auto", "xla", *_BACKENDS.get(jax.default_backend(), ()))
+
+
+def _both(functions: dict[str, Callable], learnt: tuple, rest: tuple = ()) -> dict[str, dict]:
+    """Forward, and forward with the gradients of ``learnt``, of functions of (learnt, rest)."""
+
+    def backward(function):
+        def run(learnt, rest):
+            out, pullback = jax.vjp(lambda *args: function(*args, *rest), *learnt)
+            return out, pullback(out)
+
+        return run
+
+    forward = {name: jax.jit(lambda a, b, f=f: f(*a, *b)) for name, f in functions.items()}
+    gradient = {name: jax.jit(backward(f)) for name, f in functions.items()}
+    call = lambda jitted: functools.partial(jitted, learnt, rest)
+    return {
+        "fwd": {name: call(jitted) for name, jitted in forward.items()},
+        "fwd_bwd": {name: call(jitted) for name, jitted in gradient.items()},
+    }
+
+
+def _matmul(case: KernelCase, skew: str, dtype: str) -> dict[str, dict[str, Callable]]:
+    rows, inner, outer = case.shape
+    x = _normal(rows, inner, dtype=dtype)
+    w = _normal(case.groups, inner, outer, dtype=dtype, seed=1) * inner**-0.5
+    sizes = jnp.asarray(group_sizes(case, skew))
+    functions: dict[str, Callable] = {"dense_matmul": lambda x, w, sizes: x @ w[0]}
+    for backend in _backends():
+        functions[backend] = functools.partial(grouped_matmul, backend=backend)
+    functions["ragged_dot"] = lax.ragged_dot
+    if case.groups <= 8:
+        functions["one_hot_einsum"] = _one_hot
+    found = _both(functions, (x, w), (sizes,))
+    if jax.default_backend() == "gpu" and importlib.util.find_spec("torch"):
+        for direction, run in _torch(case, skew).items():
+            found[direction]["torch_grouped_mm"] = run
+    return found
+
+
+def _one_hot(x, w, sizes):
+    """Every group's product, of which each row keeps its own."""
+    group = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(x.shape[0]), side="right")
+    chosen = jax.nn.one_hot(group, w.shape[0], dtype=x.dtype)
+    return jnp.einsum("td,edf,te->tf", x, w, chosen)
+
+
+def _torch(case: KernelCase, skew: str) -> dict[str, Callable]:
+    """torch's grouped matmul of bfloat16, forward and with gradients."""
+    import torch
+
+    rows, inner, outer = case.shape
+    options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    x = torch.randn(rows, inner, **options)
+    w = torch.randn(case.groups, inner, outer, **options)
+    ends = torch.tensor(np.cumsum(group_sizes(case, skew)), device="cuda", dtype=torch.int32)
+
+    def forward():
+        with torch.no_grad():
+            torch._grouped_mm(x, w, offs=ends)
+        torch.cuda.synchronize()
+
+    def backward():
+        out = torch._grouped_mm(x, w, offs=ends)
+        torch.autograd.grad(out, (x, w), out.detach())
+        torch.cuda.synchronize()
+
+    return {"fwd": forward, "fwd_bwd": backward}
+
+
+def _rows(case: KernelCase, skew: str, dtype: str) -> dict[str, dict[str, Callable]]:
+    """Dispatch and combine of every choice; the copy moves as many bytes as they do."""
+    t, d, _ = case.shape
+    k = case.top_k
+    sizes = group_sizes(dataclasses.replace(case, small=(t * k, d, 0), large=(t * k, d, 0)), skew)
+    groups = jax.random.permutation(jax.random.key(2), jnp.repeat(jnp.arange(case.groups), sizes))
+    by_group = sort_by_group(groups, case.groups)
+    token, row = by_group.order // k, by_group.inverse.reshape(t, k)
+    gates = jax.random.uniform(jax.random.key(3), (t, k))
+
+    def run(backend, x, gates, block):
+        rows = dispatch_rows(x, token, row, backend=backend)
+        return combine_rows(rows, token, row, gates, backend=backend)
+
+    # Each row is read and written by the dispatch, and read by the combine, which writes tokens; a
+    # copy reads and writes.
+    block = _normal((3 * t * k + t) // 2, d, dtype=dtype, seed=4)
+    functions = {
+        "copy": lambda x, gates, block: jnp.copy(block),
+        **{name: functools.partial(run, name) for name in _row_backends(d, dtype)},
+    }
+    return {"fwd": _both(functions, (_normal(t, d, dtype=dtype), gates), (block,))["fwd"]}
+
+
+def _tokens(case: KernelCase, skew: str, dtype: str) -> dict[str, dict[str, Callable]]:
+    """An eighth of the tokens taken out and added back."""
+    del skew
+    t, d, _ = case.shape
+    b, c = 8, t // 64
+    keys = jax.random.split(jax.random.key(2), b)
+    index = jnp.sort(jax.vmap(lambda key: jax.random.permutation(key, t // b)[:c])(keys))
+
+    def run(backend, x, block):
+        taken = gather_tokens(x, index, backend=backend)
+        return scatter_tokens(x, taken, index, backend=backend)
+
+    # The gather reads and writes c rows, the sum reads two and writes one, x is copied once.
+    block = _normal((5 * b * c) // 2 + t, d, dtype=dtype, seed=4)
+    functions = {
+        "copy": lambda x, block: jnp.copy(block),
+        **{name: functools.partial(run, name) for name in _row_backends(d, dtype)},
+    }
+    return {"fwd": _both(functions, (_normal(b, t // b, d, dtype=dtype),), (block,))["fwd"]}
+
+
+def _router(case: KernelCase, skew: str, dtype: str) -> dict[str, dict[str, Callable]]:
+    """Beside a copy of the logits."""
+    del skew, dtype
+    t, e, _ = case.shape
+    logits = _normal(t, e, dtype="float32")
+
+    def run(backend, logits):
+        found = router_topk(logits, case.top_k, renormalise=True, backend=backend)
+        return found.gates, found.lse, found.score_sum
+
+    backends = ("auto", "tpu") if jax.default_backend() == "tpu" else ("auto",)
+    functions = {
+        "copy": jnp.copy,
+        **{name: functools.partial(run, name) for name in backends},
+    }
+    return {"fwd": _both(functions, (logits,))["fwd"]}
+
+
+def _row_backends(d: int, dtype: str) -> tuple[str, ...]:
+    whole = d % (2048 if dtype == "bfloat16" else 1024) == 0
+    return ("auto", "tpu") if jax.default_backend() == "tpu" and whole else ("auto",)
