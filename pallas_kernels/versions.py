@@ -32,14 +32,14 @@ def target_platform() -> str | None:
 
 
 def vmem_capacity() -> int:
-    """Bytes of VMEM of the TPU that a program is traced for; if it is not known, of the smallest."""
+    """Bytes of VMEM of the TPU that a program is traced for; of the smallest if that is open."""
     if target_platform() == "tpu":
         return pltpu.get_tpu_info().vmem_capacity_bytes
     return _SMALLEST_VMEM
 
 
 def tpu_params(*semantics: str, vmem_bytes: int | None = None) -> pltpu.CompilerParams:
-    """How the dimensions of a grid run ("parallel" or "arbitrary"), and the VMEM that is allowed."""
+    """How the dimensions of a grid run ("parallel", "arbitrary"), and the VMEM that is allowed."""
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem_bytes)
 
 
@@ -58,8 +58,6 @@ def gpu_kernel(body, out_shape, like: jax.Array, *, name: str, interpret):
         out_type=out_struct(out_shape.shape, out_shape.dtype, like),
         grid=(multiprocessors(),),
         grid_names=("sm",),
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret or None,
     )

@@ -231,9 +231,7 @@ def _store_rows(stored, out, first, count, top) -> None:
 
         @pl.when(count & size != 0)
         def _(size=size, rest=rest):
-            plgpu.copy_smem_to_gmem(
-                stored.at[pl.ds(rest, size)], out.at[pl.ds(top + rest, size)]
-            )
+            plgpu.copy_smem_to_gmem(stored.at[pl.ds(rest, size)], out.at[pl.ds(top + rest, size)])
 
         first = first + (count & size)
         size //= 2

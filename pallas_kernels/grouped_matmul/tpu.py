@@ -148,9 +148,7 @@ def rows_matmul(
     if existing is not None:
         aliases = {len(visits) - 1 + len(operands): 0}
         operands.append(existing[None])
-        row_specs.append(
-            pl.BlockSpec((1, tm, tn), lambda j, v, i, g, t, s, b, e: (0, t[v], j))
-        )
+        row_specs.append(pl.BlockSpec((1, tm, tn), lambda j, v, i, g, t, s, b, e: (0, t[v], j)))
     outputs = pl.pallas_call(
         functools.partial(
             _rows_kernel,
@@ -277,7 +275,6 @@ class _Geometry(NamedTuple):
         tk, tn = self.blocks.inner, self.blocks.outer
         shape = (None, tn, tk) if self.transposed else (None, tk, tn)
         return [pl.BlockSpec(shape, functools.partial(index, view=i)) for i in range(self.views)]
-
 
     def count(self, visits: Visits, row_bytes: int) -> pl.CostEstimate:
         """What the kernel does for these visits; ``row_bytes`` of all that is no operand of it."""
@@ -441,9 +438,7 @@ def groups_matmul(
     out_spec = pl.BlockSpec((None, tk, tn), lambda i, j, v, g, s, b, e: (g[v], i, j))
     in_specs = [
         pl.BlockSpec((tm, tk), lambda i, j, v, g, s, b, e: (s[v], i)),
-        pl.BlockSpec(
-            (None, tm, tn), lambda i, j, v, g, s, b, e: (j // of_part, s[v], j % of_part)
-        ),
+        pl.BlockSpec((None, tm, tn), lambda i, j, v, g, s, b, e: (j // of_part, s[v], j % of_part)),
     ]
     operands, aliases = [x_tk, y_ptn], {}
     if existing is not None:
@@ -507,9 +502,7 @@ def _groups_kernel(group, source, begin, end, x_ref, y_ref, *refs, blocks, has_e
         rows = first + lax.broadcasted_iota(jnp.int32, (height, 1), 0)
         inside = (rows >= low) & (rows < high)
         # Rows of others, and those past the last, may hold anything: both sides are cleared.
-        x, y = (
-            jnp.where(inside, ref[pl.ds(first, height), :], 0) for ref in (x_ref, y_ref)
-        )
+        x, y = (jnp.where(inside, ref[pl.ds(first, height), :], 0) for ref in (x_ref, y_ref))
         sum_ref[...] += _dot(x, y, ((0,), (0,)))
 
     _in_steps(add, low, high, blocks)

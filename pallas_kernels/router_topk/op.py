@@ -119,7 +119,9 @@ def _router_topk_bwd(options: _Options, backend, interpret, residuals, cotangent
     # A column at a time: no scatter, and no [t, k, e].
     for j in range(options.k):
         ds_te += jnp.where(ids_tk[:, j : j + 1] == experts[None], dgates_tk[:, j : j + 1], 0)
-    probabilities_te = s_te if options.scores == "softmax" else reference.score(logits_te, "softmax")
+    probabilities_te = (
+        s_te if options.scores == "softmax" else reference.score(logits_te, "softmax")
+    )
     if options.scores == "softmax":
         ds_te = s_te * (ds_te - (s_te * ds_te).sum(axis=-1, keepdims=True))
     elif options.scores == "sigmoid":

@@ -7,7 +7,6 @@ lanes: its gates, then the log-sum-exp.
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl

@@ -35,9 +35,7 @@ def gradient(run, count):
     """Value and gradients of the first ``count`` arguments of ``run(*arguments)``."""
 
     def both(*arguments):
-        out, pullback = jax.vjp(
-            lambda *first: run(*first, *arguments[count:]), *arguments[:count]
-        )
+        out, pullback = jax.vjp(lambda *first: run(*first, *arguments[count:]), *arguments[:count])
         return out, pullback(out)
 
     return both

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +75,7 @@ def group_sizes(case: KernelCase, skew: str) -> np.ndarray:
 
 
 def programs(case: KernelCase, skew: str, dtype: str) -> dict[str, dict[str, Callable]]:
-    """direction -> implementation -> a call without arguments; the baseline comes first."""
+    """By direction, implementation -> -> a call without arguments; the baseline comes first."""
     make = {"matmul": _matmul, "rows": _rows, "tokens": _tokens, "router": _router}[case.kernel]
     return make(case, skew, dtype)
 
@@ -134,7 +133,7 @@ def _one_hot(x, w, sizes):
 
 
 def _torch(case: KernelCase, skew: str) -> dict[str, Callable]:
-    """torch's grouped matmul of bfloat16, forward and with gradients."""
+    """The grouped matmul of torch, in bfloat16, forward and with gradients."""
     import torch
 
     rows, inner, outer = case.shape
