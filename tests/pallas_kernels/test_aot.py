@@ -42,8 +42,7 @@ def test_every_kernel_compiles(name, tmp_path):
     assert found
     failed = {case: facts["error"] for case, facts in found.items() if "error" in facts}
     assert not failed
-    for case, facts in found.items():
-        assert (facts["calls"] > 0) == ("ragged_dot" not in case), case
+    assert all(facts["calls"] > 0 for facts in found.values())
 
 
 @pytest.mark.slow
