@@ -15,7 +15,11 @@ from moejax.analysis.compare.results import ArmResult, Row
 _PANEL = (4.6, 3.6)
 # Seconds and versions in the file would make equal pictures differ.
 _METADATA = {"Software": None}
-_RATIO_TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+# Ticks of the ratios, all that lie inside: the finer ones where there are few.
+_RATIO_TICKS = (
+    (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0),
+    (0.8, 0.9, 1.1, 1.2),
+)
 
 
 def comparison_png(plan: Plan, results: Sequence[ArmResult], rows: Sequence[Row]) -> bytes:
@@ -93,7 +97,8 @@ def _ratios(panel: Axes, rows: Sequence[Row]) -> None:
     panel.set_xscale("log")
     panel.xaxis.set_major_formatter(ScalarFormatter())
     panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.set_xticks([tick for tick in _RATIO_TICKS if _inside(panel, tick)])
+    coarse, fine = ([x for x in ticks if _inside(panel, x)] for ticks in _RATIO_TICKS)
+    panel.set_xticks(coarse if len(coarse) > 3 else sorted((*coarse, *fine)))
     panel.set_yticks(range(len(rows)), [f"{row.arm}, {row.modality}" for row in rows], fontsize=8)
     panel.set_ylim(len(rows) - 0.5, -0.5)
     panel.set_title("FLOPs to match, over the baseline's", fontsize=10)
