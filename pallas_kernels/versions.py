@@ -1,5 +1,7 @@
 """What differs between the versions of jax that moejax runs with, as far as Pallas is concerned."""
 
+from typing import Any
+
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
@@ -38,7 +40,7 @@ def vmem_capacity() -> int:
     return _SMALLEST_VMEM
 
 
-def tpu_params(*semantics: str, vmem_bytes: int | None = None) -> pltpu.CompilerParams:
+def tpu_params(*semantics: Any, vmem_bytes: int | None = None) -> pltpu.CompilerParams:
     """How the dimensions of a grid run ("parallel", "arbitrary"), and the VMEM that is allowed."""
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=vmem_bytes)
 

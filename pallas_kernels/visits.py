@@ -9,15 +9,14 @@ Given sizes as a numpy array the list is made by numpy: what a kernel is said to
 from the list that it runs.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 
 class Visits(NamedTuple):
-    """Arrays [visits] i32 of the grid, and how many of them count.
+    """Arrays [visits] i32 of the grid, of jax or numpy, and how many of them count.
 
     Attributes:
       group: local group whose weight is met.
@@ -29,12 +28,12 @@ class Visits(NamedTuple):
       count: visits that count, [] i32.
     """
 
-    group: jax.Array
-    tile: jax.Array
-    source: jax.Array
-    begin: jax.Array
-    end: jax.Array
-    count: jax.Array
+    group: Any
+    tile: Any
+    source: Any
+    begin: Any
+    end: Any
+    count: Any
 
 
 def most_visits(num_rows: int, num_local: int, height: int) -> int:

@@ -70,7 +70,7 @@ class Product(NamedTuple):
 
 @functools.cache
 def rows_blocks(of: Product, vmem_capacity: int) -> Blocks:
-    """Tile sizes of :func:`pallas_kernels.grouped_matmul.tpu.rows_matmul`.
+    """Tile sizes of :func:`pallas_kernels.grouped_matmul.tpu_rows.rows_matmul`.
 
     Raises:
       NotImplementedError: none fit.
@@ -80,7 +80,7 @@ def rows_blocks(of: Product, vmem_capacity: int) -> Blocks:
 
 @functools.cache
 def groups_blocks(of: Product, vmem_capacity: int) -> Blocks:
-    """Tile sizes of :func:`pallas_kernels.grouped_matmul.tpu.groups_matmul`.
+    """Tile sizes of :func:`pallas_kernels.grouped_matmul.tpu_groups.groups_matmul`.
 
     Raises:
       NotImplementedError: none fit.

@@ -90,7 +90,7 @@ def grouped_matmul(
 
                 return total[...]
 
-            total = pl.run_scoped(product, plgpu.ACC((tm, tn)))
+            total = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((tm, tn)))
             row = lax.broadcasted_iota(jnp.int32, (tm, tn), 0)
             inside = (row >= begin[v] - top) & (row < end[v] - top)
             total = jnp.where(inside, total, 0.0)
@@ -181,7 +181,7 @@ def grouped_matmul_t(
 
                 return total[...]
 
-            total = pl.run_scoped(product, plgpu.ACC((tm, tn)))
+            total = pl.run_scoped(product, plgpu.WGMMAAccumulatorRef((tm, tn)))
 
             @functools.partial(pl.run_scoped, stored=plgpu.SMEM((tm, tn), out.dtype))
             def _(stored):

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.grouped_matmul import tpu
-from pallas_kernels.grouped_matmul.tpu import Epilogue, groups_matmul, rows_matmul
+from pallas_kernels.grouped_matmul.tpu_groups import groups_matmul
+from pallas_kernels.grouped_matmul.tpu_rows import Epilogue, rows_matmul
 from pallas_kernels.grouped_mlp import ragged
 from pallas_kernels.grouped_mlp.operands import Operands
 from pallas_kernels.rows.xla import gather_rows, sum_rows

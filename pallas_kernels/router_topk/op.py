@@ -77,7 +77,8 @@ def router_topk(
         return RouterTopK(*found)
     bias_e = jnp.zeros(logits_te.shape[1]) if bias_e is None else bias_e
     operands = cast_to_common_varying(logits_te, bias_e, valid_t)
-    return RouterTopK(*_router_topk(options, backend, interpret, *operands))
+    found: Any = _router_topk(options, backend, interpret, *operands)
+    return RouterTopK(*found)
 
 
 class _Options(NamedTuple):

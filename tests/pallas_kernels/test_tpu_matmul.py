@@ -11,6 +11,8 @@ from moejax.ops.untied import swiglu
 from pallas_kernels import grouped_matmul, grouped_mlp, sort_by_group
 from pallas_kernels.grouped_matmul import reference, tpu
 from pallas_kernels.grouped_matmul.blocks import Blocks, Product, groups_blocks, rows_blocks
+from pallas_kernels.grouped_matmul.tpu_groups import groups_matmul
+from pallas_kernels.grouped_matmul.tpu_rows import Epilogue, rows_matmul
 from tests.pallas_kernels.ladder import INTERPRETED, races_found
 
 # No size is a multiple of a tile.
@@ -26,16 +28,16 @@ def operands(groups, dtype=jnp.float32, inner=INNER, outer=OUTER):
 
 
 def identity(dtype):
-    return tpu.Epilogue(lambda product: (product[None],), (), ((1, dtype),))
+    return Epilogue(lambda product: (product[None],), (), ((1, dtype),))
 
 
 def products(x, w, dy, sizes, interpret, blocks, transpose_rhs=False):
     """(x w, x' dy) of the kernels, with tiles that do not divide anything."""
     options = {"blocks": blocks, "interpret": interpret}
-    (out,) = tpu.rows_matmul(
+    (out,) = rows_matmul(
         x[None], w, sizes, epilogue=identity(x.dtype), transpose_rhs=transpose_rhs, **options
     )
-    return out[0], tpu.groups_matmul(
+    return out[0], groups_matmul(
         x, dy[None], sizes, num_local=w.shape[0], out_dtype=jnp.float32, **options
     )
 
