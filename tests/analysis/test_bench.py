@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from moejax.analysis.bench import BENCHES, DIRECTIONS, SKEWS, bench
+from moejax.analysis.bench import BENCHES, DIRECTIONS, SKEWS, bench, kernels
 from moejax.analysis.bench.run import _check_agreement
 from moejax.cli.main import main
 
@@ -38,6 +38,42 @@ def test_json_rows(name, capsys):
         assert row["ms_median"] > 0 and row["ratio"] > 0
         if row["implementation"] == row["baseline"]:
             assert row["ratio"] == 1
+
+
+def test_kernels_beside_a_dense_matmul(capsys):
+    flags = ["--json", "--cases", "tiny", "--repeats", "1", "--implementations", "auto,ragged_dot"]
+    assert main(["bench", "kernels", *flags]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {(r["skew"], r["direction"], r["implementation"]) for r in rows} == {
+        (skew, direction, other)
+        for skew in kernels.SKEWS
+        for direction in DIRECTIONS
+        for other in ("dense_matmul", "auto", "ragged_dot")
+    }
+    assert all(set(row) == KEYS and row["baseline"] == "dense_matmul" for row in rows)
+
+
+@pytest.mark.parametrize("name", ["rows", "tokens", "router"])
+def test_kernels_beside_a_copy(name):
+    """It moves what has to be moved: three rows for each choice and one for each token."""
+    case = dataclasses.replace(kernels.CASES[name], small=(512, 64, 0))
+    runs = kernels.programs(case, "zipf", "float32")["fwd"]
+    assert list(runs) == ["copy", "auto"]
+    copied, found = runs["copy"](), runs["auto"]()
+    if name == "rows":
+        assert copied.shape == ((3 * 2 + 1) * 512 // 2, 64) and found.shape == (512, 64)
+    if name == "tokens":
+        assert found.shape == (8, 64, 64)
+    if name == "router":
+        assert copied.shape == (512, 64) and found[0].shape == (512, 8)
+
+
+def test_groups_of_the_skews():
+    case = kernels.CASES["E8"]
+    for skew in kernels.SKEWS:
+        sizes = kernels.group_sizes(case, skew)
+        assert sizes.sum() == case.shape[0] and len(sizes) == 8
+    assert list(kernels.group_sizes(case, "worst")) == [0] * 7 + [case.shape[0]]
 
 
 def test_table_of_chosen_implementations(capsys):

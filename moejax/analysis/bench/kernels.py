@@ -25,6 +25,10 @@ from pallas_kernels import (
 )
 
 SKEWS = ("balanced", "zipf", "worst")
+IMPLEMENTATIONS = (
+    *("auto", "xla", "tpu", "gpu", "ragged_dot", "one_hot_einsum", "torch_grouped_mm"),
+    *("dense_matmul", "copy"),
+)
 # Platform -> the backends of pallas_kernels that it has.
 _BACKENDS = {"tpu": ("tpu",), "gpu": ("gpu",)}
 

@@ -79,16 +79,20 @@ def _kernel_rows(
     cases: Sequence[str], wanted: Sequence[str], repeats: int, dtype: str, say
 ) -> list[dict[str, Any]]:
     _check_options(dtype, repeats)
+    for name in wanted:
+        _named("--implementations", name, dict.fromkeys(kernels.IMPLEMENTATIONS))
     rows = []
     for case in cases or [case for case in kernels.CASES if case != "tiny"]:
         chosen = _named("--cases", case, kernels.CASES)
         for skew in kernels.SKEWS if chosen.kernel in ("matmul", "rows") else ("balanced",):
             for direction, programs in kernels.programs(chosen, skew, dtype).items():
                 baseline = next(iter(programs))
-                for name in wanted:
-                    _named("--implementations", name, programs)
-                names = [baseline, *(name for name in wanted if name != baseline)]
-                programs = {name: programs[name] for name in (names if wanted else programs)}
+                if wanted:
+                    programs = {k: run for k, run in programs.items() if k in (baseline, *wanted)}
+                # Torch's draws operands of its own.
+                apart = (baseline, "torch_grouped_mm")
+                same = {(direction, k): run for k, run in programs.items() if k not in apart}
+                _check_agreement(same, dtype)
                 say(f"{KERNELS} {case} {skew} {direction}: {', '.join(programs)}")
                 times = _interleaved(programs, repeats)
                 rows += [
