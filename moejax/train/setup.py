@@ -12,6 +12,7 @@ from moejax.analysis.params import abstract_batch
 from moejax.config.packages import imported_packages
 from moejax.config.schema import Config
 from moejax.data.build import build_pipeline
+from moejax.errors import UserError
 from moejax.models import build_model
 from moejax.objectives import build_objective
 from moejax.parallel.mesh import batch_sharding, check_mesh, make_mesh
@@ -147,10 +148,20 @@ def prepare_model(
     configure_jax(config)
     devices = jax.devices() if devices is None else devices
     check_mesh(config, len(devices))
+    _check_kernels(config, devices[0].platform)
     mesh = make_mesh(config.mesh, devices)
     model, objective = build_model(config), build_objective(config)
     recipe = state_recipe(model, config, mesh, batch or abstract_batch(config))
     return ModelSetup(config, mesh, model, objective, recipe)
+
+
+def _check_kernels(config: Config, platform: str) -> None:
+    """UserError if the kernels that the config asks for are those of another platform."""
+    backend = getattr(config.model, "kernel_backend", "auto")
+    if backend in ("tpu", "gpu") and backend != {"cuda": "gpu"}.get(platform, platform):
+        raise UserError(
+            f"model.kernel_backend={backend}: the platform of the devices is {platform}; use auto"
+        )
 
 
 def open_pipeline(config: Config, split: str) -> Any:

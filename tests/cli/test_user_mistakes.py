@@ -53,6 +53,10 @@ def bad_folder(kind, folder):
         (["--config.data.text_tokenizer=nowhere.json"], "nowhere.json"),
         (["--config.data.image_tokenizer=nowhere.npz"], "nowhere.npz"),
         (["--config.data.source=folder:nowhere"], "nowhere"),
+        (
+            ["--config.model.kernel_backend=tpu"],
+            "kernel_backend=tpu: the platform",
+        ),
         (["--config.mesh.data=3"], "mesh.data=3: makes 3 device(s), but there are 8"),
         (["--config.data.batch_size=9"], "data.batch_size=9: 9 rows do not divide over 8"),
         (["--config.data.sequence_length=40"], "data.sequence_length=40"),
