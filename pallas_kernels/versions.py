@@ -63,3 +63,10 @@ def gpu_kernel(body, out_shape, like: jax.Array, *, name: str, interpret):
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret or None,
     )
+
+
+def transposed(ref):
+    """A tile in shared memory, seen the other way round."""
+    if jax.__version_info__ < (0, 12):
+        return plgpu.transpose_ref(ref, (1, 0))
+    return ref.transpose((1, 0))

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.versions import gpu_kernel
+from pallas_kernels.versions import gpu_kernel, transposed
 from pallas_kernels.visits import Visits, row_visits
 
 
@@ -70,7 +70,7 @@ def grouped_matmul(
 
             def product(total):
                 def step(_, x_tile, w_tile):
-                    w_tile = plgpu.transpose_ref(w_tile, (1, 0)) if transpose_rhs else w_tile
+                    w_tile = transposed(w_tile) if transpose_rhs else w_tile
                     plgpu.wgmma(total, x_tile, w_tile)
 
                 w_block = (tn, tk) if transpose_rhs else (tk, tn)
@@ -160,7 +160,7 @@ def grouped_matmul_t(
                             ref[...] = jnp.where(inside, ref[...], 0)
                         plgpu.commit_smem()
 
-                    plgpu.wgmma(total, plgpu.transpose_ref(x_tile, (1, 0)), y_tile)
+                    plgpu.wgmma(total, transposed(x_tile), y_tile)
 
                 transforms = _transforms(tk, x_td.dtype)
                 of_x = plgpu.BlockSpec(
