@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, ScalarFormatter
 
-from moejax.analysis.charts import COLORS
+from moejax.analysis.charts import MANY_COLORS
 from moejax.analysis.compare.matching import mean_interval
 from moejax.analysis.compare.plan import Plan
 from moejax.analysis.compare.results import ArmResult, Row
@@ -53,7 +53,7 @@ def log_x(panel: Axes) -> None:
 def _losses(panel: Axes, results: Sequence[ArmResult], modality: str) -> None:
     """The mean over seeds of each arm, in a band of its 95% interval."""
     for i, result in enumerate(results):
-        color = COLORS[i % len(COLORS)]
+        color = MANY_COLORS[i % len(MANY_COLORS)]
         curves = result.flops_curves(modality)
         spent = curves[0].spent
         # A run that diverged has fewer evaluations.
@@ -88,7 +88,7 @@ def _ratios(panel: Axes, rows: Sequence[Row]) -> None:
     """A line for each arm and modality; an arrow where the target was not reached."""
     arms = list(dict.fromkeys(row.arm for row in rows))
     for y, row in enumerate(rows):
-        color = COLORS[(1 + arms.index(row.arm)) % len(COLORS)]
+        color = MANY_COLORS[(1 + arms.index(row.arm)) % len(MANY_COLORS)]
         ratio = row.ratio
         panel.plot(ratio.mean, y, marker=">" if ratio.censored else "o", color=color)
         if ratio.low is not None and ratio.high is not None:
