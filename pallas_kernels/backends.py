@@ -3,9 +3,11 @@
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from jax import lax
 
+from pallas_kernels.costs import Cost, costed_jit
 from pallas_kernels.versions import target_platform
 
 BACKENDS = ("auto", "reference", "xla", "tpu", "gpu")
@@ -42,6 +44,29 @@ def select(
     if target is None:
         return functools.partial(lax.platform_dependent, cpu=cpu, default=default)
     return {"cpu": cpu, "tpu": on_tpu}.get(target, default)
+
+
+def backend_program(
+    kernels: tuple[Callable, ...], backend: str, interpret: Any, name: str, cost: Cost, **options
+) -> Callable:
+    """The jitted op of a backend, with its cost on record.
+
+    Args:
+      kernels: XLA's on CPU, XLA's elsewhere, Pallas's on TPU, Pallas's on GPU.
+      backend: as in :func:`select`.
+      interpret: of the Pallas kernels.
+      name: of the program, with its shapes.
+      cost: of one call.
+      **options: static arguments of every kernel.
+    """
+    cpu, default, *pallas = (functools.partial(run, **options) for run in kernels)
+    tpu, gpu = (functools.partial(run, interpret=interpret) for run in pallas)
+
+    def run(*operands):
+        # Chosen when it is traced: only then is it known for which platform.
+        return select(backend, cpu=cpu, tpu=tpu, gpu=gpu, default=default)(*operands)
+
+    return costed_jit(run, name, cost)
 
 
 def _or_else(tpu: Callable, default: Callable) -> Callable:

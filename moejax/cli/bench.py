@@ -13,7 +13,6 @@ routing.
   moe_layer   experts, sorting included and the router not: cases A (4,096 tokens, width 256,
               8 experts of 512, 2 for each token) and B (64 experts of 128, 8 for each token)
   untied_ffn  a feed-forward layer with weights for each of 2 modalities: case C (hidden 1,024)
-
   kernels     the kernels of pallas_kernels: matmuls of 2 to 128 groups (E2, E8, E64, E128)
               beside one dense matmul of the same rows, and beside lax.ragged_dot, a one-hot
               einsum and torch's grouped matmul; `rows`, `tokens` and `router` beside a copy of

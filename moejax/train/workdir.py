@@ -54,8 +54,7 @@ def check_workdir(workdir: Path, config: Config) -> dict | None:
             raise UserError(f"--workdir {workdir}: holds a run without config.json; use another")
         return None
     there, here = flatten(record), flatten(_jsonable(to_dict(config)))
-    # A field that is newer than the record: its default is what the run was made with.
-    defaults = flatten(_jsonable(to_dict(Config())))
+    defaults = flatten(_jsonable(to_dict(_defaults(config))))
     groups = {name.partition(".")[0] for name in here}
     differing = []
     for name in sorted(there.keys() | here.keys()):
@@ -71,6 +70,11 @@ def check_workdir(workdir: Path, config: Config) -> dict | None:
             "--workdir or the config it was made with"
         )
     return record
+
+
+def _defaults(config: Config) -> Config:
+    """The defaults of ``config``'s fields: what a run was made with that is older than a field."""
+    return Config(model=type(config.model)(), objective=type(config.objective)())
 
 
 def check_data_version(workdir: Path, record: dict | None, version: str) -> None:

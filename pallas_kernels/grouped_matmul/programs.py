@@ -8,8 +8,8 @@ elsewhere; on TPUs ``auto`` is the Pallas kernel. Autodiff sees none of them, th
 import functools
 from typing import Any, NamedTuple
 
-from pallas_kernels.backends import select
-from pallas_kernels.costs import Cost, costed_jit
+from pallas_kernels.backends import backend_program
+from pallas_kernels.costs import Cost
 from pallas_kernels.grouped_matmul import gpu, tpu
 from pallas_kernels.grouped_matmul.loop import loop_matmul, loop_matmul_t
 from pallas_kernels.grouped_matmul.ragged import ragged_matmul, ragged_matmul_t
@@ -78,11 +78,5 @@ _KERNELS = {
 @functools.cache
 def _program(kernel: str, shape: _Shape, backend: str, interpret: Any, **options):
     """The jitted kernel of these shapes and static options."""
-    cpu, default, *kernels = (functools.partial(run, **options) for run in _KERNELS[kernel])
-    on_tpu, on_gpu = (functools.partial(run, interpret=interpret) for run in kernels)
-
-    def run(*operands):
-        chosen = select(backend, cpu=cpu, tpu=on_tpu, gpu=on_gpu, default=default)
-        return chosen(*operands)
-
-    return costed_jit(run, shape.name(kernel), shape.cost())
+    name, cost = shape.name(kernel), shape.cost()
+    return backend_program(_KERNELS[kernel], backend, interpret, name, cost, **options)

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul.blocks import Blocks, Product, groups_blocks
-from pallas_kernels.grouped_matmul.tpu_steps import dot, in_steps, known_sizes
+from pallas_kernels.grouped_matmul.tpu_steps import check_dtypes, dot, in_steps, known_sizes
 from pallas_kernels.versions import out_struct, tpu_params, vmem_capacity
 from pallas_kernels.visits import fetches, group_visits, visited_rows
 
@@ -45,6 +45,7 @@ def groups_matmul(
     Returns:
       [num_local, k, n].
     """
+    check_dtypes(x_tk, y_ptn)
     rows, inner = x_tk.shape
     parts, _, width = y_ptn.shape
     out_bytes = [jnp.dtype(out_dtype).itemsize]

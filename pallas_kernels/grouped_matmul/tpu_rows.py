@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.grouped_matmul.blocks import Blocks, Product, rows_blocks
-from pallas_kernels.grouped_matmul.tpu_steps import dot, in_steps, known_sizes
+from pallas_kernels.grouped_matmul.tpu_steps import check_dtypes, dot, in_steps, known_sizes
 from pallas_kernels.versions import out_struct, tpu_params, vmem_capacity
 from pallas_kernels.visits import Visits, fetches, row_visits, visited_rows
 
@@ -70,6 +70,7 @@ def rows_matmul(
     Returns:
       The outputs of the epilogue; zero (or ``existing``) in rows of groups without a weight here.
     """
+    check_dtypes(x_ptk, w_edf)
     if blocks is None:
         of = _product(x_ptk, w_edf, transpose_rhs, views, epilogue, existing)
         blocks = rows_blocks(of, vmem_capacity())

@@ -12,6 +12,15 @@ from pallas_kernels.grouped_matmul.blocks import Blocks
 from pallas_kernels.visits import even_sizes
 
 
+def check_dtypes(*arrays) -> None:
+    """NotImplementedError for what is summed in float32 here and must not be, or does not lower."""
+    for array in arrays:
+        if array.dtype not in (jnp.float32, jnp.bfloat16):
+            raise NotImplementedError(
+                f"the tpu backend multiplies float32 or bfloat16, not {array.dtype}"
+            )
+
+
 def known_sizes(group_sizes, rows: int) -> np.ndarray:
     """The sizes that the cost is stated for: those given, if they are, else even ones."""
     if isinstance(group_sizes, np.ndarray):

@@ -6,8 +6,8 @@ XLA's is a loop over row tiles on CPU and ``lax.ragged_dot`` elsewhere; on TPUs 
 import functools
 from typing import Any, NamedTuple
 
-from pallas_kernels.backends import select
-from pallas_kernels.costs import Cost, costed_jit
+from pallas_kernels.backends import backend_program
+from pallas_kernels.costs import Cost
 from pallas_kernels.grouped_mlp import gpu, loop, ragged, tpu
 from pallas_kernels.grouped_mlp.operands import Operands
 from pallas_kernels.tiles import worst_case_rows
@@ -67,11 +67,5 @@ _KERNELS = {
 @functools.cache
 def _program(direction: str, shape: _Shape, backend: str, interpret: Any, **options):
     """The jitted kernel of these shapes and static options."""
-    cpu, default, *kernels = (functools.partial(run, **options) for run in _KERNELS[direction])
-    on_tpu, on_gpu = (functools.partial(run, interpret=interpret) for run in kernels)
-
-    def run(*operands):
-        chosen = select(backend, cpu=cpu, tpu=on_tpu, gpu=on_gpu, default=default)
-        return chosen(*operands)
-
-    return costed_jit(run, shape.name(direction), shape.cost(direction))
+    name, cost = shape.name(direction), shape.cost(direction)
+    return backend_program(_KERNELS[direction], backend, interpret, name, cost, **options)

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.grouped_matmul.ragged import ragged_matmul, ragged_matmul_t
 from pallas_kernels.grouped_mlp.operands import Operands
@@ -34,6 +35,9 @@ def backward(
     matmul_t=ragged_matmul_t,
 ):
     dtype = of.sum_dtype
+    if h_rf.ndim == 3:
+        # In parts, as a fused forward kept it for a backward that had no tiles.
+        h_rf = jnp.concatenate(list(h_rf), axis=-1)
     multiply = functools.partial(
         matmul, group_sizes=of.group_sizes, group_offset=group_offset, transpose_rhs=True
     )

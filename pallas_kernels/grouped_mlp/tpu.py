@@ -82,7 +82,10 @@ def backward(of: Operands, h_prf, dout_td, *, activation, group_offset, interpre
             matmul=functools.partial(tpu.grouped_matmul, interpret=interpret),
             matmul_t=functools.partial(tpu.grouped_matmul_t, interpret=interpret),
         )
-    parts, dtype = h_prf.shape[0], of.x_td.dtype
+    parts, dtype = of.wi_edf.shape[2] // of.wo_efd.shape[1], of.x_td.dtype
+    if h_prf.ndim == 2:
+        # Flat, as a forward kept it that had no tiles.
+        h_prf = jnp.stack(jnp.split(h_prf, parts, axis=-1))
     scale = () if of.scale is None else (of.scale[:, None],)
 
     def finish(du, h, *scale):

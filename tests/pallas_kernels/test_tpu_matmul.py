@@ -1,5 +1,6 @@
 """The Pallas grouped matmuls for TPU, interpreted: value and every gradient."""
 
+import functools
 import itertools
 
 import jax
@@ -13,6 +14,9 @@ from pallas_kernels.grouped_matmul import reference, tpu
 from pallas_kernels.grouped_matmul.blocks import Blocks, Product, groups_blocks, rows_blocks
 from pallas_kernels.grouped_matmul.tpu_groups import groups_matmul
 from pallas_kernels.grouped_matmul.tpu_rows import Epilogue, rows_matmul
+from pallas_kernels.grouped_mlp import ragged
+from pallas_kernels.grouped_mlp import tpu as fused_mlp
+from pallas_kernels.grouped_mlp.operands import Operands
 from tests.pallas_kernels.ladder import INTERPRETED, races_found
 
 # No size is a multiple of a tile.
@@ -175,6 +179,40 @@ def test_the_mlp_agrees_with_the_reference(activation, wide, f, gated, first):
         results("tpu"),
         results("reference"),
     )
+
+
+@pytest.mark.parametrize("fused_first", [True, False])
+def test_one_direction_may_have_no_tiles(fused_first):
+    """`auto` then has it by ragged_dot, whatever the other direction kept."""
+    keys = jax.random.split(jax.random.key(0), 6)
+    normal = lambda key, *shape: jax.random.normal(key, shape)
+    x, dout = normal(keys[0], T, D), normal(keys[1], T, D)
+    wi, wo = normal(keys[2], GROUPS, D, 256), normal(keys[3], GROUPS, 128, D)
+    by_group = sort_by_group(jax.random.randint(keys[4], (T,), 0, GROUPS), GROUPS)
+    scale = normal(keys[5], T)
+    of = Operands(x, wi, wo, by_group.order, by_group.inverse[:, None], by_group.sizes, scale)
+    options = {"activation": swiglu, "group_offset": 0}
+    fused = (
+        functools.partial(fused_mlp.forward, interpret=True),
+        functools.partial(fused_mlp.backward, interpret=True),
+    )
+    plain = ragged.forward, ragged.backward
+    first, second = (fused[0], plain[1]) if fused_first else (plain[0], fused[1])
+    mixed, expected = (
+        jax.jit(lambda f=f, b=b: b(of, f(of, keep_hidden=True, **options)[1], dout, **options))()
+        for f, b in ((first, second), plain)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5 * np.abs(b).max()),
+        mixed,
+        expected,
+    )
+
+
+def test_other_types_are_refused():
+    x, w, _ = operands(3)
+    with pytest.raises(NotImplementedError, match="float32 or bfloat16, not float16"):
+        grouped_matmul(x.astype(jnp.float16), w, jnp.array([1, 2, 3]), backend="tpu")
 
 
 def test_blocks_fit_and_divide_what_they_must():

@@ -79,11 +79,13 @@ def _kernel_rows(
     cases: Sequence[str], wanted: Sequence[str], repeats: int, dtype: str, say
 ) -> list[dict[str, Any]]:
     _check_options(dtype, repeats)
+    for case in cases:
+        _named("--cases", case, kernels.CASES)
     for name in wanted:
         _named("--implementations", name, dict.fromkeys(kernels.IMPLEMENTATIONS))
     rows = []
     for case in cases or [case for case in kernels.CASES if case != "tiny"]:
-        chosen = _named("--cases", case, kernels.CASES)
+        chosen = kernels.CASES[case]
         for skew in kernels.SKEWS if chosen.kernel in ("matmul", "rows") else ("balanced",):
             for direction, programs in kernels.programs(chosen, skew, dtype).items():
                 baseline = next(iter(programs))
