@@ -14,8 +14,8 @@ JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false timeout "${TEST_SECON
   python3 -m pytest -q -m gpu -p no:cacheprovider tests/pallas_kernels >"$OUT/tests.log" 2>&1
 say "tests: $(tail -1 "$OUT/tests.log")"
 
-timeout "${KERNEL_SECONDS:-200}" moejax bench kernels --dtype bfloat16 --repeats 7 --cases E8,E64 \
-  --json >"$OUT/kernels.json" 2>"$OUT/kernels.log"
+timeout "${KERNEL_SECONDS:-200}" moejax bench kernels --dtype bfloat16 --repeats 7 --json \
+  --cases E8,E64,dispatch,combine,gather,scatter,router >"$OUT/kernels.json" 2>"$OUT/kernels.log"
 say "bench kernels: exit $?"
 timeout "${LAYER_SECONDS:-120}" moejax bench moe_layer --dtype bfloat16 --repeats 7 --json \
   --implementations auto,ragged_dot >"$OUT/moe_layer.json" 2>"$OUT/moe_layer.log"

@@ -15,8 +15,9 @@ routing.
   untied_ffn  a feed-forward layer with weights for each of 2 modalities: case C (hidden 1,024)
   kernels     the kernels of pallas_kernels: matmuls of 2 to 128 groups (E2, E8, E64, E128)
               beside one dense matmul of the same rows, and beside lax.ragged_dot, a one-hot
-              einsum and torch's grouped matmul; `rows`, `tokens` and `router` beside a copy of
-              the same bytes. 1 / ratio is the share of the dense rate, or of the bandwidth
+              einsum and torch's grouped matmul; dispatch, combine, gather, scatter (of rows and
+              of tokens) and router beside a copy of the same bytes. 1 / ratio is the share of the
+              dense rate, or of the bandwidth
 
 `auto` is the function that training calls. Ratios mean most on a machine that does nothing else."""
 
@@ -67,10 +68,10 @@ def _table(rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
     lines = [f"{first['bench']} on {first['device']}, {versions}; ratio to {first['baseline']}"]
-    lines.append(f"{'case':<6}{'skew':<10}{'direction':<11}{'implementation':<16}{'ms':>9}  ratio")
+    lines.append(f"{'case':<10}{'skew':<10}{'direction':<11}{'implementation':<16}{'ms':>9}  ratio")
     for row in rows:
         lines.append(
-            f"{row['case']:<6}{row['skew']:<10}{row['direction']:<11}{row['implementation']:<16}"
+            f"{row['case']:<10}{row['skew']:<10}{row['direction']:<11}{row['implementation']:<16}"
             f"{row['ms_median']:>9.2f}  {row['ratio']:>5.2f}"
         )
     return "\n".join(lines) + "\n"

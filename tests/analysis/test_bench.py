@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
 from moejax.analysis.bench import BENCHES, DIRECTIONS, SKEWS, bench, kernels
@@ -53,19 +54,24 @@ def test_kernels_beside_a_dense_matmul(capsys):
     assert all(set(row) == KEYS and row["baseline"] == "dense_matmul" for row in rows)
 
 
-@pytest.mark.parametrize("name", ["rows", "tokens", "router"])
+@pytest.mark.parametrize("name", [*kernels.ROWS, *kernels.TOKENS, "router"])
 def test_kernels_beside_a_copy(name):
-    """It moves what has to be moved: three rows for each choice and one for each token."""
+    """A copy reads and writes each of its rows: together as many as the kernel has to move."""
     case = dataclasses.replace(kernels.CASES[name], small=(512, 64, 0))
     runs = kernels.programs(case, "zipf", "float32")["fwd"]
     assert list(runs) == ["copy", "auto"]
     copied, found = runs["copy"](), runs["auto"]()
-    if name == "rows":
-        assert copied.shape == ((3 * 2 + 1) * 512 // 2, 64) and found.shape == (512, 64)
-    if name == "tokens":
-        assert found.shape == (8, 64, 64)
-    if name == "router":
-        assert copied.shape == (512, 64) and found[0].shape == (512, 8)
+    moved, shape = {
+        # Of 1,024 choices of 512 tokens.
+        "dispatch": (2 * 1024, (1024, 64)),
+        "combine": (1024 + 512, (512, 64)),
+        # Of 64 of 512 tokens; those are copied, for the operand stays as it is.
+        "gather": (2 * 64, (8, 8, 64)),
+        "scatter": (2 * 512 + 3 * 64, (8, 64, 64)),
+        "router": (2 * 512, (512, 8)),
+    }[name]
+    assert copied.shape == (moved // 2, 64)
+    assert jax.tree.leaves(found)[0].shape == shape
 
 
 def test_groups_of_the_skews():

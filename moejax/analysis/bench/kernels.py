@@ -24,6 +24,8 @@ from pallas_kernels import (
     sort_by_group,
 )
 
+# Timed apart, for XLA would make one gather of a dispatch and its combine.
+ROWS, TOKENS = ("dispatch", "combine"), ("gather", "scatter")
 SKEWS = ("balanced", "zipf", "worst")
 IMPLEMENTATIONS = (
     *("auto", "xla", "tpu", "gpu", "ragged_dot", "one_hot_einsum", "torch_grouped_mm"),
@@ -38,7 +40,7 @@ class KernelCase:
     """What is timed, and at which size.
 
     Attributes:
-      kernel: "matmul", "rows", "tokens" or "router".
+      kernel: "matmul", one of ``ROWS`` or ``TOKENS``, or "router".
       groups: of the rows.
       small: rows, width and columns on a CPU.
       large: on an accelerator.
@@ -59,8 +61,8 @@ class KernelCase:
 _SMALL, _LARGE = (4096, 256, 512), (65536, 2048, 4096)
 CASES = {
     **{f"E{e}": KernelCase("matmul", e, _SMALL, _LARGE) for e in (2, 8, 64, 128)},
-    "rows": KernelCase("rows", 8, (4096, 1024, 0), (16384, 2048, 0)),
-    "tokens": KernelCase("tokens", 1, (4096, 1024, 0), (65536, 2048, 0)),
+    **{name: KernelCase(name, 8, (4096, 1024, 0), (16384, 2048, 0)) for name in ROWS},
+    **{name: KernelCase(name, 1, (4096, 1024, 0), (65536, 2048, 0)) for name in TOKENS},
     "router": KernelCase("router", 64, (4096, 64, 0), (65536, 64, 0), top_k=8),
     "tiny": KernelCase("matmul", 4, (64, 16, 24), (64, 16, 24)),
 }
@@ -68,7 +70,10 @@ CASES = {
 
 def group_sizes(case: KernelCase, skew: str) -> np.ndarray:
     """Rows of each group; ``worst``: all in the last."""
-    rows, groups = case.shape[0], case.groups
+    return _sizes(case.shape[0], case.groups, skew)
+
+
+def _sizes(rows: int, groups: int, skew: str) -> np.ndarray:
     share = {
         "balanced": np.ones(groups),
         "zipf": 1 / np.arange(1, groups + 1),
@@ -80,8 +85,15 @@ def group_sizes(case: KernelCase, skew: str) -> np.ndarray:
 
 def programs(case: KernelCase, skew: str, dtype: str) -> dict[str, dict[str, Callable]]:
     """By direction, implementation -> a call without arguments; the baseline comes first."""
-    make = {"matmul": _matmul, "rows": _rows, "tokens": _tokens, "router": _router}[case.kernel]
-    return make(case, skew, dtype)
+    make = {
+        "matmul": _matmul,
+        "dispatch": _dispatch,
+        "combine": _combine,
+        "gather": _gather,
+        "scatter": _scatter,
+        "router": _router,
+    }
+    return make[case.kernel](case, skew, dtype)
 
 
 def _normal(*shape: int, dtype: str, seed: int = 0) -> jax.Array:
@@ -162,49 +174,69 @@ def _torch(case: KernelCase, skew: str) -> dict[str, Callable]:
     return {"fwd": forward, "fwd_bwd": backward}
 
 
-def _rows(case: KernelCase, skew: str, dtype: str) -> dict[str, dict[str, Callable]]:
-    """Dispatch and combine of every choice; the copy moves as many bytes as they do."""
+def _moved(run: Callable, operands: tuple, moved_rows: int, dtype: str, backends) -> dict:
+    """``run(backend, *operands)`` beside a copy, which reads and writes ``moved_rows`` rows."""
+    block = _normal(moved_rows, operands[0].shape[-1], dtype=dtype, seed=4)
+    functions = {
+        "copy": lambda *args: jnp.copy(args[-1]),
+        **{name: lambda *args, name=name: run(name, *args[:-1]) for name in backends},
+    }
+    return {"fwd": _both(functions, operands, (block,))["fwd"]}
+
+
+def _dispatch(case: KernelCase, skew: str, dtype: str) -> dict[str, dict[str, Callable]]:
+    """A row for each choice, read and written."""
+    t, d, _ = case.shape
+    token, row = _choices(case, skew)
+    run = lambda backend, x: dispatch_rows(x, token, row, backend=backend)
+    operands = (_normal(t, d, dtype=dtype),)
+    return _moved(run, operands, t * case.top_k, dtype, _row_backends(d, dtype))
+
+
+def _combine(case: KernelCase, skew: str, dtype: str) -> dict[str, dict[str, Callable]]:
+    """A row for each choice read, and one for each token written."""
     t, d, _ = case.shape
     k = case.top_k
-    sizes = group_sizes(dataclasses.replace(case, small=(t * k, d, 0), large=(t * k, d, 0)), skew)
+    token, row = _choices(case, skew)
+    run = lambda backend, y, gates: combine_rows(y, token, row, gates, backend=backend)
+    operands = _normal(t * k, d, dtype=dtype), jax.random.uniform(jax.random.key(3), (t, k))
+    return _moved(run, operands, (t * k + t) // 2, dtype, _row_backends(d, dtype))
+
+
+def _choices(case: KernelCase, skew: str) -> tuple[jax.Array, jax.Array]:
+    """The token of each row, and the row of each choice."""
+    t, k = case.shape[0], case.top_k
+    sizes = _sizes(t * k, case.groups, skew)
     groups = jax.random.permutation(jax.random.key(2), jnp.repeat(jnp.arange(case.groups), sizes))
     by_group = sort_by_group(groups, case.groups)
-    token, row = by_group.order // k, by_group.inverse.reshape(t, k)
-    gates = jax.random.uniform(jax.random.key(3), (t, k))
-
-    def run(backend, x, gates, block):
-        rows = dispatch_rows(x, token, row, backend=backend)
-        return combine_rows(rows, token, row, gates, backend=backend)
-
-    # Each row is read and written by the dispatch, and read by the combine, which writes tokens; a
-    # copy reads and writes.
-    block = _normal((3 * t * k + t) // 2, d, dtype=dtype, seed=4)
-    functions = {
-        "copy": lambda x, gates, block: jnp.copy(block),
-        **{name: functools.partial(run, name) for name in _row_backends(d, dtype)},
-    }
-    return {"fwd": _both(functions, (_normal(t, d, dtype=dtype), gates), (block,))["fwd"]}
+    return by_group.order // k, by_group.inverse.reshape(t, k)
 
 
-def _tokens(case: KernelCase, skew: str, dtype: str) -> dict[str, dict[str, Callable]]:
-    """An eighth of the tokens taken out and added back."""
+def _gather(case: KernelCase, skew: str, dtype: str) -> dict[str, dict[str, Callable]]:
+    """An eighth of the tokens taken out: read and written."""
     del skew
+    x, index = _some_tokens(case, dtype)
+    run = lambda backend, x: gather_tokens(x, index, backend=backend)
+    return _moved(run, (x,), index.size, dtype, _row_backends(x.shape[-1], dtype))
+
+
+def _scatter(case: KernelCase, skew: str, dtype: str) -> dict[str, dict[str, Callable]]:
+    """An eighth of the tokens added to a copy of all: three rows for each, and all once."""
+    del skew
+    x, index = _some_tokens(case, dtype)
+    update = _normal(*index.shape, x.shape[-1], dtype=dtype, seed=5)
+    run = lambda backend, x, update: scatter_tokens(x, update, index, backend=backend)
+    moved = x.shape[0] * x.shape[1] + 3 * index.size // 2
+    return _moved(run, (x, update), moved, dtype, _row_backends(x.shape[-1], dtype))
+
+
+def _some_tokens(case: KernelCase, dtype: str) -> tuple[jax.Array, jax.Array]:
+    """Eight sequences, and which tokens of each."""
     t, d, _ = case.shape
     b, c = 8, t // 64
     keys = jax.random.split(jax.random.key(2), b)
     index = jnp.sort(jax.vmap(lambda key: jax.random.permutation(key, t // b)[:c])(keys))
-
-    def run(backend, x, block):
-        taken = gather_tokens(x, index, backend=backend)
-        return scatter_tokens(x, taken, index, backend=backend)
-
-    # The gather reads and writes c rows, the sum reads two and writes one, x is copied once.
-    block = _normal((5 * b * c) // 2 + t, d, dtype=dtype, seed=4)
-    functions = {
-        "copy": lambda x, block: jnp.copy(block),
-        **{name: functools.partial(run, name) for name in _row_backends(d, dtype)},
-    }
-    return {"fwd": _both(functions, (_normal(b, t // b, d, dtype=dtype),), (block,))["fwd"]}
+    return _normal(b, t // b, d, dtype=dtype), index
 
 
 def _router(case: KernelCase, skew: str, dtype: str) -> dict[str, dict[str, Callable]]:

@@ -86,7 +86,7 @@ def _kernel_rows(
     rows = []
     for case in cases or [case for case in kernels.CASES if case != "tiny"]:
         chosen = kernels.CASES[case]
-        for skew in kernels.SKEWS if chosen.kernel in ("matmul", "rows") else ("balanced",):
+        for skew in kernels.SKEWS if chosen.kernel in ("matmul", *kernels.ROWS) else ("balanced",):
             for direction, programs in kernels.programs(chosen, skew, dtype).items():
                 baseline = next(iter(programs))
                 if wanted:
