@@ -1,5 +1,6 @@
 """The folder of a run: config.json, and the refusal of a folder that belongs to another config."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -54,7 +55,7 @@ def check_workdir(workdir: Path, config: Config) -> dict | None:
             raise UserError(f"--workdir {workdir}: holds a run without config.json; use another")
         return None
     there, here = flatten(record), flatten(_jsonable(to_dict(config)))
-    defaults = flatten(_jsonable(to_dict(_defaults(config))))
+    defaults = _defaults(config)
     groups = {name.partition(".")[0] for name in here}
     differing = []
     for name in sorted(there.keys() | here.keys()):
@@ -72,9 +73,14 @@ def check_workdir(workdir: Path, config: Config) -> dict | None:
     return record
 
 
-def _defaults(config: Config) -> Config:
-    """The defaults of ``config``'s fields: what a run was made with that is older than a field."""
-    return Config(model=type(config.model)(), objective=type(config.objective)())
+def _defaults(config: Config) -> dict[str, Any]:
+    """The defaults of ``config``'s fields: what a run was made with that is older than a field.
+
+    Each group by itself: the defaults of a model and of an objective need not fit each other.
+    """
+    groups = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    defaults = {name: to_dict(type(group)()) for name, group in groups.items()}
+    return flatten(_jsonable(defaults))
 
 
 def check_data_version(workdir: Path, record: dict | None, version: str) -> None:
