@@ -20,7 +20,9 @@ from moejax.config import Config, Registry
 from moejax.config.schema import AutoencoderConfig, DecoderConfig
 from moejax.models import build_model
 from moejax.models.autoencoder import CHANNELS
+from moejax.nn.depth import training_room as depth_room
 from moejax.nn.patch_adapter import TIME_FREQUENCIES
+from moejax.nn.recursive import training_room as step_room
 from moejax.objectives import build_objective
 from moejax.ops.pictures import max_pictures
 from pallas_kernels.costs import Cost
@@ -126,7 +128,7 @@ def decoder_flops(config: Config) -> dict[str, TokenFlops] | None:
     model, length = config.model, config.data.sequence_length
     kinds = [model.for_block(kind) for kind in model.block_kinds()]
     continuous = model.latents.channels > 0
-    if any(kind not in BLOCK_FLOPS for kind, _ in kinds):
+    if not _has_formula(kinds):
         return None
     logits = TokenFlops(0.0, 0.0, 2.0 * model.d_model * model.vocab_size)
     adapter = TokenFlops(2.0 * adapter_products(model, length) if continuous else 0.0, 0.0, 0.0)
@@ -138,6 +140,14 @@ def decoder_flops(config: Config) -> dict[str, TokenFlops] | None:
         name: sum((BLOCK_FLOPS.get(kind)(own, index, length) for kind, own in kinds), ends[name])
         for index, name in enumerate(model.modalities)
     }
+
+
+def _has_formula(kinds: list[tuple[str, DecoderConfig]]) -> bool:
+    """Whether every kind of block has one, those inside of others too."""
+    inside = [
+        own.for_block(own.depth.block)[0] for kind, own in kinds if kind in ("mod", "recursive")
+    ]
+    return all(kind in BLOCK_FLOPS for kind in (*(kind for kind, _ in kinds), *inside))
 
 
 def adapter_products(model: DecoderConfig, length: int) -> float:
@@ -206,6 +216,51 @@ def shortcut_moe_block_flops(model: DecoderConfig, modality: int, length: int) -
     """Two attentions, two dense layers, one layer of experts."""
     dense = untied_block_flops(model, modality, length)
     return dense + dense + _experts(model)
+
+
+@BLOCK_FLOPS.register("mod")
+def mod_block_flops(model: DecoderConfig, modality: int, length: int) -> TokenFlops:
+    """A block on some of the tokens, whose attention is among those; and their router."""
+    depth = model.depth
+    together = depth.group * length
+    room = depth_room(depth, together)
+    inner = _inner_flops(model, modality, room)
+    return inner.scaled(room / together) + _decision(model)
+
+
+@BLOCK_FLOPS.register("recursive")
+def recursive_block_flops(model: DecoderConfig, modality: int, length: int) -> TokenFlops:
+    """Layers that are run several times, by fewer tokens each time; and the routers."""
+    recursion = model.recursion
+    total = TokenFlops(0.0, 0.0, 0.0)
+    if recursion.router == "expert":
+        total = _decision(model).scaled(recursion.steps)
+    elif recursion.router == "token":
+        total = TokenFlops(2.0 * model.d_model * recursion.steps, 0.0, 0.0)
+    for index in range(recursion.steps):
+        room = step_room(model, index, length)
+        given = recursion.share_kv and index > 0
+        # Shared keys are those of the whole row, and are not computed again.
+        layer = _inner_flops(model, modality, length if given else room)
+        if given:
+            keys_and_values = 2.0 * model.d_model * 2 * model.kv_heads * model.head_dim
+            layer = dataclasses.replace(layer, weights=layer.weights - keys_and_values)
+        total += layer.scaled(recursion.layers * room / length)
+    return total
+
+
+def _inner_flops(model: DecoderConfig, modality: int, length: int) -> TokenFlops:
+    kind, own = model.for_block(model.depth.block)
+    return BLOCK_FLOPS.get(kind)(own, modality, length)
+
+
+def _decision(model: DecoderConfig) -> TokenFlops:
+    """A score, and the predictor that decides in its place."""
+    depth, d = model.depth, model.d_model
+    products = d * (2 if depth.gate == "softmax" else 1)
+    if depth.causal_rule == "predictor":
+        products += (depth.predictor_hidden or d // 2) * (d + 1)
+    return TokenFlops(2.0 * products, 0.0, 0.0)
 
 
 def _attention(model: DecoderConfig, length: int) -> TokenFlops:

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from moejax.config.checks import require, require_one_of, require_positive
+from moejax.config.depth import DepthConfig, RecursionConfig
 from moejax.config.moe import MoEConfig
 from moejax.config.registry import Registry
 from moejax.config.training import OptimConfig, TrainConfig
@@ -83,6 +84,8 @@ class DecoderConfig:
     untie: UntieConfig = dataclasses.field(default_factory=UntieConfig)
     latents: LatentConfig = dataclasses.field(default_factory=LatentConfig)
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
+    depth: DepthConfig = dataclasses.field(default_factory=DepthConfig)
+    recursion: RecursionConfig = dataclasses.field(default_factory=RecursionConfig)
     # Kinds of block, cycled over the depth; first/last blocks stand outside of the cycle.
     block_pattern: tuple[str, ...] = ("untied",)
     first_blocks: tuple[str, ...] = ()
@@ -180,8 +183,14 @@ class DecoderConfig:
         return self.first_blocks + cycled + self.last_blocks
 
     def for_block(self, kind: str) -> tuple[str, "DecoderConfig"]:
-        """``"moe:16"`` -> ("moe", this config with 16 experts); other kinds as they are."""
+        """The name of a kind of block, and the config that the rest of it makes of this one.
+
+        ``"moe:16"`` -> ("moe", with 16 experts), ``"mod:0.5:moe:16"`` -> ("mod", which runs
+        "moe:16" on half of the tokens), ``"recursive:dense"``; other kinds as they are.
+        """
         base, colon, experts = kind.partition(":")
+        if base in ("mod", "recursive"):
+            return base, self._for_inner(kind, experts)
         if not colon:
             return base, self
         number = experts.isdecimal() and int(experts) > 0
@@ -193,6 +202,21 @@ class DecoderConfig:
         )
         own = dataclasses.replace(self.moe, num_experts=int(experts))
         return base, dataclasses.replace(self, moe=own)
+
+    def _for_inner(self, kind: str, rest: str) -> "DecoderConfig":
+        """Of a block around another: ``"0.5:moe:16"`` is a capacity and the kind inside."""
+        changes: dict[str, Any] = {}
+        first, _, after = rest.partition(":")
+        if first[:1].isdecimal():
+            try:
+                changes["capacity"] = float(first)
+            except ValueError:
+                require(False, "model.block_pattern", f"{kind!r}: {first!r} is no number")
+            rest = after
+        if rest:
+            changes["block"] = rest
+        own = dataclasses.replace(self, depth=dataclasses.replace(self.depth, **changes))
+        return own.for_block(own.depth.block)[1]
 
 
 @dataclasses.dataclass(frozen=True)

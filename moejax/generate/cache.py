@@ -8,10 +8,12 @@ from flax import struct
 
 
 class KVCache(struct.PyTreeNode):
-    """A tree of [l, b, s, g, h] arrays, keyed as the decoder's ``rows``, and how full it is.
+    """A tree of arrays, keyed as the decoder's ``rows``, and how many tokens were read.
 
-    ``filled_b`` [b] i32: slots in use; a token's slot is its place in its own sequence, so rows of
-    unequal length share a batch. Leaves of different segments of the stack may differ in s.
+    Each attention has its own ``{"k", "v"}`` [l, b, s, g, h] and ``"filled"`` [l, b] i32, the slots
+    that are in use: those of different layers may differ in length, where some tokens skip a layer.
+    ``filled_b`` [b] i32 counts the tokens of each sequence, skipped or not, so rows of unequal
+    length share a batch.
     """
 
     rows: dict
@@ -19,40 +21,61 @@ class KVCache(struct.PyTreeNode):
 
 
 def init_cache(model: Any, params: Any, batch_size: int, capacity: int) -> KVCache:
-    """An empty cache of ``capacity`` slots for each of ``batch_size`` rows.
+    """An empty cache for ``capacity`` tokens in each of ``batch_size`` rows.
 
-    The shapes and dtypes are those of the rows that ``model`` returns for one token.
+    The shapes and dtypes are those of the rows that ``model`` returns for so many tokens.
     """
-    token = jnp.zeros((batch_size, 1), jnp.int32)
+    token = jnp.zeros((batch_size, capacity), jnp.int32)
     batch = {name: token for name in ("tokens", "modality", "segments", "positions")}
     shapes = jax.eval_shape(lambda p: model.apply({"params": p}, batch, train=False).rows, params)
 
-    def empty(leaf):
-        layers, rows, _, *head = leaf.shape
-        return jnp.zeros((layers, rows, capacity, *head), leaf.dtype)
+    def empty(rows: dict) -> dict:
+        slots = {name: jnp.zeros(x.shape, x.dtype) for name, x in rows.items() if name != "kept"}
+        return {**slots, "filled": jnp.zeros(rows["kept"].shape[:-1], jnp.int32)}
 
-    return KVCache(jax.tree.map(empty, shapes), jnp.zeros((batch_size,), jnp.int32))
+    return KVCache(_map_rows(empty, shapes), jnp.zeros((batch_size,), jnp.int32))
 
 
 def write_rows(cache: KVCache, rows: dict, num_valid_b: jax.Array) -> KVCache:
-    """Appends the first ``num_valid_b[b]`` of the t new rows of each sequence to its slots.
+    """Appends new rows to the slots of each sequence, in each layer those that it kept.
 
     Args:
       cache: is updated in place where its buffers are donated (as in the carry of a loop).
-      rows: new keys and values, leaves [l, b, t, g, h].
-      num_valid_b: [b] i32; the rows after these are padding, and are not written.
+      rows: new keys and values [l, b, t, g, h], with ``"kept"`` [l, b, t] bool, or with more axes
+        in front.
+      num_valid_b: [b] i32, tokens that were read; the rest is padding, which no layer keeps.
 
     A row for which there is no slot left is dropped: the caller sizes the cache.
     """
 
-    def write(slots, new):
-        capacity, length = slots.shape[2], new.shape[2]
-        step_t = jnp.arange(length)[None, :]
+    def write(new: dict, slots: dict) -> dict:
+        # Layers that are run several times have two axes of layers.
+        layers = new["kept"].shape[:-2]
+        flat = lambda leaf: leaf.reshape(-1, *leaf.shape[len(layers) :])
+        kept_lbt, filled_lb = flat(new["kept"]), flat(slots["filled"])
+        old = {name: flat(value) for name, value in slots.items() if name != "filled"}
+        capacity = next(iter(old.values())).shape[2]
         # Not dynamic_update_slice: it moves a block that overruns the end over earlier slots.
-        slot_bt = jnp.where(
-            step_t < num_valid_b[:, None], cache.filled_b[:, None] + step_t, capacity
-        )
-        row_b1 = jnp.arange(slots.shape[1])[:, None]
-        return slots.at[:, row_b1, slot_bt].set(new.astype(slots.dtype), mode="drop")
+        slot_lbt = filled_lb[..., None] + jnp.cumsum(kept_lbt, axis=2) - 1
+        slot_lbt = jnp.where(kept_lbt, slot_lbt, capacity)
+        num, b = filled_lb.shape
+        at = jnp.arange(num)[:, None, None], jnp.arange(b)[:, None], slot_lbt
+        done = {
+            name: value.at[at].set(flat(new[name]).astype(value.dtype), mode="drop")
+            for name, value in old.items()
+        }
+        filled_lb = jnp.minimum(filled_lb + kept_lbt.sum(axis=2), capacity)
+        done["filled"] = filled_lb.astype(jnp.int32)
+        return {name: value.reshape(slots[name].shape) for name, value in done.items()}
 
-    return KVCache(jax.tree.map(write, cache.rows, rows), cache.filled_b + num_valid_b)
+    return KVCache(_map_rows(write, rows, cache.rows), cache.filled_b + num_valid_b)
+
+
+def _map_rows(function: Any, rows: dict, *others: dict) -> dict:
+    """``function`` of the rows of each attention, in the same nesting."""
+    if "kept" in rows:
+        return function(rows, *others)
+    return {
+        name: _map_rows(function, inner, *(other[name] for other in others))
+        for name, inner in rows.items()
+    }

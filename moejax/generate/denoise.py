@@ -150,7 +150,4 @@ def predict(model, params, cache, x_bpz: Array, time: Array) -> Array:
         "latents": x_bpz,
         "times": whole(time, jnp.float32),
     }
-    out = model.apply(
-        {"params": params}, batch, train=False, cache=cache.rows, cached_b=cache.filled_b
-    )
-    return out.denoised
+    return model.apply({"params": params}, batch, train=False, cache=cache.rows).denoised

@@ -64,7 +64,7 @@ def generate(
     other rows.
 
     Args:
-      model: decoder; called with ``cache`` and ``cached_b``.
+      model: decoder; called with ``cache``.
       params: its parameters.
       vocabulary: ids of its tokens.
       prompts: token ids of each row, from BOS on; of any lengths, none empty.
@@ -165,9 +165,7 @@ def decode(
     """
     num_b = active_b.astype(jnp.int32)
     batch = _batch(model, vocabulary, token_b[:, None], cache.filled_b, num_b)
-    out = model.apply(
-        {"params": params}, batch, train=False, cache=cache.rows, cached_b=cache.filled_b
-    )
+    out = model.apply({"params": params}, batch, train=False, cache=cache.rows)
     return out.logits[:, 0], write_rows(cache, out.rows, num_b)
 
 

@@ -4,6 +4,8 @@ from moejax.config.schema import Config
 from moejax.models import autoencoder as _autoencoder
 from moejax.models import decoder as _decoder
 from moejax.models.registry import MODELS
+from moejax.nn import depth as _depth
+from moejax.nn import recursive as _recursive
 
 __all__ = ["MODELS", "build_model"]
 

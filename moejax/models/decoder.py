@@ -22,13 +22,14 @@ from moejax.nn.layers import (
     Norm,
     compute_dtype,
     fan_in_normal,
+    modality_layout_of,
     param_dtype,
     partitioned,
 )
 from moejax.nn.patch_adapter import patch_adapter
 from moejax.nn.stack import Stack
-from moejax.ops.attention import cached_mask, multimodal_mask
-from moejax.ops.untied import modality_layout, untied_linear
+from moejax.ops.attention import multimodal_mask
+from moejax.ops.untied import untied_linear
 from moejax.parallel.local import (
     FEATURES,
     PER_DEVICE,
@@ -46,7 +47,7 @@ class DecoderOutput:
       logits: [b, t, v] in float32 or wider; zeros at patches of latents, which predict no token.
       aux: statistics of the blocks.
       rows: the keys and values of these tokens, keyed by segment of the stack, leaves
-        [l, b, t, g, h] (None in training).
+        [l, b, t, ...] (None in training; moejax.nn.attention says which).
       denoised: [b, t, z], the prediction for each patch of latents (moejax.ops.diffusion says of
         what); None without latents.
     """
@@ -69,7 +70,6 @@ class Decoder(nn.Module):
         *,
         train: bool = False,
         cache: dict | None = None,
-        cached_b: jax.Array | None = None,
         step: jax.Array | None = None,
         record: bool = False,
     ) -> DecoderOutput:
@@ -80,8 +80,8 @@ class Decoder(nn.Module):
             pictures as latents also ``latents`` [b, t, z] (noisy), ``image_id`` [b, t] i32 and
             ``times`` [b, t] f32 in [0, 1] (absent: 0, clean); else no picture is in the batch.
           train: keep no keys and values, apply dropout (with the rng stream "dropout").
-          cache: keys and values of earlier tokens, as in ``rows`` with s slots for t.
-          cached_b: how many slots of each row of the cache are filled, [b] i32.
+          cache: keys and values of earlier tokens (moejax.generate.cache), as in ``rows`` with
+            slots for t and how many of them are in use.
           step: of the training run, [] i32, for what changes in the course of it.
           record: give each token's experts, weights and logits in ``aux``.
         """
@@ -105,27 +105,22 @@ class Decoder(nn.Module):
             patches_btd, memory = adapter.encode(latents, times, image_id)
             x_btd = jnp.where(image_id[..., None] > 0, patches_btd, x_btd)
         seen_as_one = image_id if cfg.latents.bidirectional else None
-        layer_state = {}
-        if cache is None:
-            mask_bts = multimodal_mask(segments, seen_as_one)
-        else:
-            assert cached_b is not None, "a cache comes with the number of its filled slots"
-            mask_bts = cached_mask(segments, cached_b, _capacity(cache), seen_as_one)
-            layer_state = cache
         ctx = Context(
             tokens_bt=tokens,
             positions_bt=batch["positions"],
             modality_bt=modality,
             valid_bt=_valid(batch),
-            mask_bts=mask_bts,
-            layout=(layout := self._layout(modality)),
+            segments_bt=segments,
+            image_id_bt=seen_as_one,
+            mask_bts=multimodal_mask(segments, seen_as_one),
+            layout=(layout := modality_layout_of(cfg, modality)),
             rng=self.make_rng("dropout") if train and self.has_rng("dropout") else None,
             step=step,
             train=train,
             record=record,
         )
         x_btd = constrain_tokens(x_btd)
-        x_btd, rows, aux = Stack(cfg, name="stack")(x_btd, layer_state, ctx)
+        x_btd, rows, aux = Stack(cfg, name="stack")(x_btd, cache or {}, ctx)
         towers = len(cfg.modalities) if cfg.untie.final_norm else 1
         norm = Norm("rms", cfg.norm_eps, towers, param_dtype(cfg), name="final_norm")
         x_btd = norm(x_btd, modality)
@@ -160,19 +155,6 @@ class Decoder(nn.Module):
             denoised = adapter.decode(x_btd, memory).astype(param_dtype(cfg))
         return DecoderOutput(logits, aux, rows, denoised)
 
-    def _layout(self, modality):
-        """One sort for the whole forward, or none if every projection is shared."""
-        untie = self.config.untie
-        if not (untie.qkv or untie.out or untie.ffn or self.config.latents.channels):
-            return None
-        num = len(self.config.modalities)
-        return run_local(
-            lambda modality_bt: modality_layout(modality_bt, num),
-            (modality, TOKENS),
-            tokens=modality.shape,
-            out=PER_DEVICE,
-        )
-
 
 def _valid(batch: dict) -> jax.Array:
     """[b, t] False for padding, and for rows that only fill up a batch of an evaluation."""
@@ -180,10 +162,6 @@ def _valid(batch: dict) -> jax.Array:
     if "weights" in batch:
         valid &= (batch["weights"] > 0).any(axis=1, keepdims=True)
     return valid
-
-
-def _capacity(cache: dict) -> int:
-    return jax.tree.leaves(cache)[0].shape[2]
 
 
 @MODELS.register("decoder")

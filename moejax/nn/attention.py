@@ -18,7 +18,7 @@ from moejax.nn.layers import (
     project,
     project_back,
 )
-from moejax.ops.attention import attend
+from moejax.ops.attention import attend, cached_mask
 from moejax.ops.rope import apply_rope
 from moejax.parallel.local import FEATURES, ROW_FEATURES, TOKENS, axis_size, run_local
 
@@ -34,11 +34,23 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_btd: jax.Array, cache: dict[str, jax.Array] | None, ctx: Context
+        self,
+        x_btd: jax.Array,
+        cache: dict[str, jax.Array] | None,
+        ctx: Context,
+        given: dict[str, jax.Array] | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns (output [b, t, d], this call's keys and values {"k", "v"} [b, t, g, h]).
+        """Returns (output [b, t, d], what of this call belongs into a cache).
 
-        ``cache`` holds earlier keys and values [b, s, g, h] that ``ctx.mask_bts`` covers too.
+        That is {"k", "v"} [b, t, g, h] and "kept" [b, t], False for padding.
+
+        Args:
+          x_btd: tokens.
+          cache: keys and values of earlier tokens, {"k", "v"} [b, s, g, h] and how many slots of
+            each row are in use, "filled" [b].
+          ctx: its mask is about the new tokens.
+          given: keys and values to use instead of the tokens' own, {"k", "v"} [b, n, g, h] for
+            a mask [b, t, n]; nothing of this call then belongs into a cache.
         """
         cfg, num = self.config, len(self.config.modalities)
         n, g, h = cfg.num_heads, cfg.kv_heads, cfg.head_dim
@@ -57,14 +69,8 @@ class Attention(nn.Module):
             (num if self.untie.out else 1, n, h, d),
             param_dtype(cfg),
         )
-        towers = qkv_mdnh.shape[0]
-        parts = (n * h, g * h, g * h)
-        qkv = project(x_btd, qkv_mdnh.reshape(towers, d, -1), ctx, cfg.kernel_backend, parts)
-        # Each slice of the tensor axis holds its own queries, keys and values.
-        shards = axis_size("tensor")
-        qkv = qkv.reshape(b, t, shards, (n + 2 * g) // shards, h)
-        cuts = (n // shards, (n + g) // shards)
-        q, k, v = (x.reshape(b, t, -1, h) for x in jnp.split(qkv, cuts, axis=3))
+        parts = (n,) if given else (n, g, g)
+        q, *keys_and_values = self._heads(x_btd, qkv_mdnh[:, :, : sum(parts)], parts, ctx)
         if cfg.qk_norm != "none":
             scales = num if self.untie.norms else 1
             options: dict[str, Any] = {
@@ -74,11 +80,20 @@ class Attention(nn.Module):
                 "param_dtype": param_dtype(cfg),
             }
             q = Norm(**options, name="q_norm")(q, ctx.modality_bt)
-            k = Norm(**options, name="k_norm")(k, ctx.modality_bt)
         q = apply_rope(q, ctx.positions_bt, cfg.rope_theta)
-        k = apply_rope(k, ctx.positions_bt, cfg.rope_theta)
-        rows = {"k": k, "v": v}
+        rows = {}
+        if given:
+            k, v = given["k"], given["v"]
+        else:
+            k, v = keys_and_values
+            if cfg.qk_norm != "none":
+                k = Norm(**options, name="k_norm")(k, ctx.modality_bt)
+            k = apply_rope(k, ctx.positions_bt, cfg.rope_theta)
+            rows = {"k": k, "v": v, "kept": ctx.valid_bt}
+        mask_bts = ctx.mask_bts
         if cache is not None:
+            slots = cache["k"].shape[1]
+            mask_bts = cached_mask(mask_bts, ctx.valid_bt, cache["filled"], slots)
             k = jnp.concatenate([cache["k"].astype(k.dtype), k], axis=1)
             v = jnp.concatenate([cache["v"].astype(v.dtype), v], axis=1)
         # A device's own queries meet the keys and values of the whole sequence.
@@ -87,9 +102,22 @@ class Attention(nn.Module):
             (q, FEATURES),
             (k, ROW_FEATURES),
             (v, ROW_FEATURES),
-            (ctx.mask_bts, TOKENS),
+            (mask_bts, TOKENS),
             tokens=(b, t),
             out=FEATURES,
         ).reshape(b, t, n * h)
         out_mfd = out_mnhd.reshape(out_mnhd.shape[0], n * h, d)
         return project_back(heads, out_mfd, ctx, cfg.kernel_backend), rows
+
+    def _heads(self, x_btd, w_mdnh, heads: tuple[int, ...], ctx: Context) -> list[jax.Array]:
+        """Projections to so many heads each, [b, t, n, h]."""
+        b, t, d = x_btd.shape
+        towers, _, total, h = w_mdnh.shape
+        w_mdf = w_mdnh.reshape(towers, d, -1)
+        parts = tuple(number * h for number in heads)
+        out = project(x_btd, w_mdf, ctx, self.config.kernel_backend, parts)
+        # Each slice of the tensor axis holds its own of each.
+        shards = axis_size("tensor")
+        out = out.reshape(b, t, shards, total // shards, h)
+        cuts = [sum(heads[: i + 1]) // shards for i in range(len(heads) - 1)]
+        return [x.reshape(b, t, -1, h) for x in jnp.split(out, cuts, axis=3)]

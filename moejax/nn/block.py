@@ -42,7 +42,8 @@ class TransformerBlock(nn.Module):
         rows, aux = {}, {}
 
         def attention_branch(x):
-            out, new_rows = attention(x, layer_state.get("cache"), ctx)
+            cache, given = layer_state.get("cache"), layer_state.get("given")
+            out, new_rows = attention(x, cache, ctx, given)
             rows.update(new_rows)
             return out
 
@@ -58,16 +59,18 @@ class TransformerBlock(nn.Module):
         else:
             ffn = SwiGLU(cfg, num if self.untie.ffn else 1, cfg.ffn_hidden, name="ffn")
             ffn_branch = lambda x: ffn(x, ctx)
-        x_btd = self._residual("ffn_norm", x_btd, ffn_branch, ctx, 1)
+        x_btd = self._residual("ffn_norm", x_btd, ffn_branch, ctx, 1, ctx.ffn_gate_bt)
         return x_btd, carry, {"cache": rows}, aux
 
-    def _residual(self, name: str, x_btd: jax.Array, branch, ctx: Context, index: int):
+    def _residual(self, name: str, x_btd: jax.Array, branch, ctx: Context, index: int, gate=None):
         cfg = self.config
         norm = make_norm(cfg, self.untie, name)
         if cfg.norm_placement == "pre":
             out = branch(norm(x_btd, ctx.modality_bt))
         else:
             out = norm(branch(x_btd), ctx.modality_bt)
+        if gate is not None:
+            out = out * gate[..., None].astype(out.dtype)
         return x_btd + _dropout(out, cfg.dropout, ctx, index)
 
 

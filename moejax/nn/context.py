@@ -11,22 +11,30 @@ from moejax.ops.untied import ModalityLayout
 class Context(struct.PyTreeNode):
     """Read-only inputs of a block; the same for all layers.
 
-    ``mask_bts`` is [b, t, s]: over the sequence itself in training, over [cache, new tokens] when
-    decoding. ``valid_bt`` is False for padding. ``rng`` is folded with the layer index by the
-    stack; None when nothing is random. ``step`` is that of the training run, or None. ``pool``
-    holds the weights of experts that several layers share, of which this is number ``pool_index``.
-    With ``record``, blocks give what they decided for each token in their aux.
+    ``mask_bts`` is [b, t, s], over these tokens (those in a cache are no part of it);
+    ``segments_bt`` (0: padding) and ``image_id_bt`` are what it is made of. ``valid_bt`` is False
+    for padding. ``rng`` is folded with the layer index by the stack; None when nothing is random.
+    ``step`` is that of the training run, or None. ``pool`` holds the weights of experts that
+    several layers share, of which this is number ``pool_index``; ``depth_router`` those of a
+    router of all blocks that skip tokens. ``ffn_gate_bt`` multiplies what a block's feed-forward
+    branch adds. With ``record``, blocks give what they decided for each token in their aux; with
+    ``keep_rows`` keys and values, in training too.
     """
 
     tokens_bt: jax.Array
     positions_bt: jax.Array
     modality_bt: jax.Array
     valid_bt: jax.Array
+    segments_bt: jax.Array
+    image_id_bt: jax.Array | None
     mask_bts: jax.Array
     layout: ModalityLayout | None
     rng: jax.Array | None
     step: jax.Array | None = None
+    ffn_gate_bt: jax.Array | None = None
+    depth_router: Any = None
     pool: Any = None
     pool_index: int = struct.field(pytree_node=False, default=0)
     train: bool = struct.field(pytree_node=False, default=False)
     record: bool = struct.field(pytree_node=False, default=False)
+    keep_rows: bool = struct.field(pytree_node=False, default=False)

@@ -77,6 +77,24 @@ class Norm(nn.Module):
         return (normalise(x, self.eps) * scale).astype(x.dtype)
 
 
+def modality_layout_of(config: DecoderConfig, modality_bt: jax.Array):
+    """One sort of the tokens for all layers that run on them; None if all projections are shared.
+
+    Returns:
+      A :class:`moejax.ops.untied.ModalityLayout` of each device's own tokens.
+    """
+    untie = config.untie
+    if not (untie.qkv or untie.out or untie.ffn or config.latents.channels):
+        return None
+    num = len(config.modalities)
+    return run_local(
+        lambda modality_bt: untied.modality_layout(modality_bt, num),
+        (modality_bt, TOKENS),
+        tokens=modality_bt.shape,
+        out=PER_DEVICE,
+    )
+
+
 def project(
     x_btd: jax.Array, w_mdf: jax.Array, ctx: Context, backend: str, parts: tuple[int, ...]
 ) -> jax.Array:

@@ -11,6 +11,7 @@ from moejax.config.checks import require
 from moejax.config.schema import DecoderConfig
 from moejax.nn.block import make_block
 from moejax.nn.context import Context
+from moejax.nn.depth import RouterWeights
 from moejax.nn.moe import Experts
 
 
@@ -72,7 +73,7 @@ class Period(nn.Module):
                 x, carry, states[name], auxes[name] = block(
                     x, carry, layer_state.get(name, {}), own
                 )
-        if ctx.train:
+        if ctx.train and not ctx.keep_rows:
             # Training keeps no keys and values; without this the scan would stack them all.
             states = jax.tree.map(lambda _: None, states)
         return (x, carry), (states, auxes)
@@ -93,6 +94,8 @@ class Stack(nn.Module):
     def __call__(self, x_btd: jax.Array, layer_state: dict, ctx: Context):
         """Returns (x, new layer_state, aux); both dicts are keyed by segment, leaves [l, ...]."""
         new_state, aux, carry = {}, {}, {}
+        if self.config.depth.router_shared and ctx.depth_router is None:
+            ctx = ctx.replace(depth_router=RouterWeights(self.config, name="depth_router")())
         # Layer state and index are sliced, the context is not; Linen's annotation says "int".
         in_axes: Any = (0, 0, nn.broadcast)
         body = Period

@@ -5,6 +5,7 @@ from moejax.objectives import autoencode as _autoencode
 from moejax.objectives import next_token as _next_token
 from moejax.objectives import transfusion as _transfusion
 from moejax.objectives.base import OBJECTIVES, LossSums, Objective
+from moejax.objectives.depth import with_depth
 from moejax.objectives.routing import with_routing
 
 __all__ = ["OBJECTIVES", "LossSums", "Objective", "build_objective"]
@@ -15,4 +16,4 @@ def build_objective(config: Config) -> Objective:
     make = OBJECTIVES.get(config.objective.name, field="objective.name")
     objective = make(config.objective, config.model)
     objective = objective if isinstance(objective, Objective) else Objective(objective)
-    return with_routing(objective, config.model)
+    return with_depth(with_routing(objective, config.model), config.model)

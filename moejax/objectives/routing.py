@@ -41,7 +41,7 @@ def with_routing(objective: Objective, model: Any) -> Objective:
         scaled = tuple(
             dataclasses.replace(one, coefficient=one.coefficient * layers) for one in derived
         )
-        return dataclasses.replace(sums, statistics=statistics, derived=scaled)
+        return dataclasses.replace(sums, statistics={"routing": statistics}, derived=scaled)
 
     return dataclasses.replace(objective, loss=loss)
 
@@ -73,7 +73,7 @@ class _LayerMean:
         value = ROUTER_LOSSES.get(self.name).value
         layers = [
             jax.vmap(lambda sums: value(sums, **self.options))(routing["losses"][self.name])
-            for routing in statistics.values()
+            for routing in statistics["routing"].values()
         ]
         return jnp.concatenate(layers).mean()
 
@@ -93,5 +93,7 @@ class _Summary:
             num_ffn = sums["chosen_me"].shape[-1] - self.without_weights
             return summarise(sums, num_ffn=num_ffn)[self.name]
 
-        layers = [jax.vmap(one_layer)(routing["statistics"]) for routing in statistics.values()]
+        layers = [
+            jax.vmap(one_layer)(routing["statistics"]) for routing in statistics["routing"].values()
+        ]
         return jnp.concatenate(layers).mean()

@@ -23,18 +23,17 @@ def multimodal_mask(
 
 
 def cached_mask(
-    segments_bt: Int[Array, "b t"],
-    cached_b: Int[Array, " b"],
-    capacity: int,
-    image_id_bt: Int[Array, "b t"] | None = None,
+    mask_bts: Bool[Array, "b t n"],
+    valid_bt: Bool[Array, "b t"],
+    filled_b: Int[Array, " b"],
+    slots: int,
 ) -> Bool[Array, "b t s"]:
-    """Mask over [cache slots, new tokens]: the first ``cached[b]`` slots, then the multimodal mask.
+    """``mask_bts`` over the new tokens, with the first ``filled[b]`` slots of a cache in front.
 
-    For decoding, where every row of the batch is one segment (1) or padding (0).
+    For decoding, where what lies in a row's slots came before all of its new tokens.
     """
-    filled = jnp.arange(capacity)[None, :] < cached_b[:, None]
-    earlier = filled[:, None, :] & (segments_bt > 0)[:, :, None]
-    return jnp.concatenate([earlier, multimodal_mask(segments_bt, image_id_bt)], axis=-1)
+    filled = jnp.arange(slots)[None, None, :] < filled_b[:, None, None]
+    return jnp.concatenate([filled & valid_bt[:, :, None], mask_bts], axis=-1)
 
 
 def attend(

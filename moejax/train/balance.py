@@ -54,7 +54,7 @@ def make_controller(config: Any) -> Callable[[Any, dict], Any]:
         name = path_name(path)
         if not name.endswith(f"/{SELECT_BIAS}") or any(rule.search(name) for rule in frozen):
             return leaf
-        counts_lme = statistics[_routing_of(name)]["statistics"]["chosen_me"]
+        counts_lme = statistics["routing"][_routing_of(name)]["statistics"]["chosen_me"]
         return jax.vmap(one_layer)(leaf, counts_lme).astype(leaf.dtype)
 
     def control(params: Any, statistics: dict) -> Any:

@@ -72,7 +72,7 @@ class RoutingLog:
 
     def write(self, step: int, sums: StepMetrics) -> None:
         """Writes the line of a log point."""
-        if self._file is None or not sums.losses.statistics:
+        if self._file is None or "routing" not in sums.losses.statistics:
             return
         self._file.write(json.dumps({"step": step, "layers": loads(self.model, sums)}) + "\n")
         self._file.flush()
@@ -91,7 +91,7 @@ def loads(model: Any, sums: StepMetrics) -> list[dict[str, Any]]:
     """The layers of a line."""
     statistics = {
         name: jax.device_get(routing["statistics"])
-        for name, routing in sums.losses.statistics.items()
+        for name, routing in sums.losses.statistics["routing"].items()
     }
     depths = {name: len(routing["chosen_me"]) for name, routing in statistics.items()}
     rows = []

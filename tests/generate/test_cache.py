@@ -11,8 +11,16 @@ from moejax.generate.cache import KVCache, init_cache, write_rows
 from moejax.generate.generate import decode, pad_prompts, prefill
 
 
-def filled_with(value: float, *shape: int):
-    return {"segment_0": {"k": jnp.full(shape, value)}}
+def a_cache(value: float, filled_b: list[int], slots: int) -> KVCache:
+    """One layer of one number a row."""
+    filled_b = jnp.array(filled_b)
+    rows = {"k": jnp.full((1, len(filled_b), slots, 1, 1), value), "filled": filled_b[None]}
+    return KVCache({"segment_0": rows}, filled_b)
+
+
+def new_rows(values: list[list[float]], kept: list[list[bool]]) -> dict:
+    k = jnp.array(values)[None, :, :, None, None]
+    return {"segment_0": {"k": k, "kept": jnp.array(kept)[None]}}
 
 
 def slots(cache: KVCache) -> np.ndarray:
@@ -21,41 +29,53 @@ def slots(cache: KVCache) -> np.ndarray:
 
 
 def test_write_rows_appends_at_each_rows_own_offset():
-    cache = KVCache(filled_with(0.0, 1, 3, 5, 1, 1), jnp.array([0, 2, 4]))
-    new = {"segment_0": {"k": jnp.arange(1.0, 7.0).reshape(1, 3, 2, 1, 1)}}
-    cache = write_rows(cache, new, jnp.array([2, 1, 0]))
+    new = new_rows([[1.0, 2], [3, 4], [5, 6]], [[True, True], [True, False], [False, False]])
+    cache = write_rows(a_cache(0.0, [0, 2, 4], 5), new, jnp.array([2, 1, 0]))
     expected = [[1, 2, 0, 0, 0], [0, 0, 3, 0, 0], [0, 0, 0, 0, 0]]
     np.testing.assert_array_equal(slots(cache), expected)
     np.testing.assert_array_equal(cache.filled_b, [2, 3, 4])
+    np.testing.assert_array_equal(cache.rows["segment_0"]["filled"], [[2, 3, 4]])
+
+
+def test_write_rows_leaves_no_slot_for_what_a_layer_skipped():
+    new = new_rows([[1.0, 2, 3, 4], [5, 6, 7, 8]], [[False, True, False, True], [True] * 4])
+    cache = write_rows(a_cache(0.0, [1, 0], 4), new, jnp.array([4, 4]))
+    np.testing.assert_array_equal(slots(cache), [[0, 2, 4, 0], [5, 6, 7, 8]])
+    np.testing.assert_array_equal(cache.rows["segment_0"]["filled"], [[3, 4]])
+    np.testing.assert_array_equal(cache.filled_b, [5, 4])
 
 
 def test_write_rows_never_moves_a_block_that_overruns_the_end():
-    cache = KVCache(filled_with(7.0, 1, 1, 4, 1, 1), jnp.array([3]))
-    cache = write_rows(cache, filled_with(1.0, 1, 1, 3, 1, 1), jnp.array([1]))
+    new = new_rows([[1.0, 2, 3]], [[True, True, True]])
+    cache = write_rows(a_cache(7.0, [3], 4), new, jnp.array([3]))
     np.testing.assert_array_equal(slots(cache), [[7, 7, 7, 1]])
+    np.testing.assert_array_equal(cache.rows["segment_0"]["filled"], [[4]])
 
 
-def test_leaves_may_differ_in_length_and_dtype():
-    rows = {"a": jnp.zeros((1, 2, 4, 1, 1)), "b": jnp.zeros((2, 2, 6, 1, 1), jnp.bfloat16)}
-    new = {"a": jnp.ones((1, 2, 1, 1, 1)), "b": jnp.ones((2, 2, 1, 1, 1))}
-    cache = write_rows(KVCache(rows, jnp.array([1, 3])), new, jnp.array([1, 1]))
-    assert cache.rows["b"].dtype == jnp.bfloat16
-    for name in "ab":
-        where = np.argwhere(np.asarray(cache.rows[name][0, :, :, 0, 0], np.float32))
-        np.testing.assert_array_equal(where, [[0, 1], [1, 3]])
+def test_layers_may_differ_in_length_and_dtype():
+    a, b = a_cache(0.0, [1, 3], 4).rows["segment_0"], a_cache(0.0, [0, 2], 6).rows["segment_0"]
+    b["k"] = b["k"].astype(jnp.bfloat16)
+    ones = new_rows([[1.0], [1]], [[True], [True]])["segment_0"]
+    cache = KVCache({"a": a, "b": {"inner": b}}, jnp.array([1, 3]))
+    cache = write_rows(cache, {"a": ones, "b": {"inner": ones}}, jnp.array([1, 1]))
+    a, b = cache.rows["a"], cache.rows["b"]["inner"]
+    assert b["k"].dtype == jnp.bfloat16
+    for rows, expected in ((a, [[0, 1], [1, 3]]), (b, [[0, 0], [1, 2]])):
+        where = np.argwhere(np.asarray(rows["k"][0, :, :, 0, 0], np.float32))
+        np.testing.assert_array_equal(where, expected)
 
 
 def test_write_rows_reuses_donated_buffers():
-    cache = KVCache(filled_with(0.0, 1, 2, 8, 1, 1), jnp.array([1, 2]))
+    cache = a_cache(0.0, [1, 2], 8)
     write = jax.jit(write_rows, donate_argnums=0)
     before = cache.rows["segment_0"]["k"].unsafe_buffer_pointer()
-    after = write(cache, filled_with(1.0, 1, 2, 1, 1, 1), jnp.array([1, 1]))
+    after = write(cache, new_rows([[1.0], [1]], [[True], [True]]), jnp.array([1, 1]))
     assert after.rows["segment_0"]["k"].unsafe_buffer_pointer() == before
 
 
 def test_init_cache_has_the_shapes_of_the_models_rows(tiny):
     cache = init_cache(tiny.model, tiny.params, batch_size=3, capacity=7)
-    shapes = {leaf.shape for leaf in jax.tree.leaves(cache.rows)}
+    shapes = {leaf.shape for leaf in jax.tree.leaves(cache.rows) if leaf.ndim == 5}
     # Repeats of the period, batch, slots, kv heads, head size.
     assert shapes == {(2 // len(tiny.model.config.block_pattern), 3, 7, 2, 8)}
     np.testing.assert_array_equal(cache.filled_b, [0, 0, 0])

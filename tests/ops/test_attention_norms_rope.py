@@ -62,7 +62,9 @@ def test_multimodal_mask_by_hand():
 
 
 def test_cached_mask_by_hand():
-    mask = cached_mask(jnp.array([[1, 1], [1, 0]]), jnp.array([2, 0]), 3).astype(int)
+    segments = jnp.array([[1, 1], [1, 0]])
+    new = multimodal_mask(segments)
+    mask = cached_mask(new, segments > 0, jnp.array([2, 0]), 3).astype(int)
     np.testing.assert_array_equal(mask[0], [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]])
     np.testing.assert_array_equal(mask[1], [[0, 0, 0, 1, 0], [0, 0, 0, 0, 0]])
 

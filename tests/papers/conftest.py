@@ -118,6 +118,8 @@ class ExpertLayer:
             positions_bt=ids,
             modality_bt=ids,
             valid_bt=jnp.ones_like(ids, bool),
+            segments_bt=jnp.ones_like(ids),
+            image_id_bt=None,
             mask_bts=jnp.ones((ROWS, LENGTH, LENGTH), bool),
             layout=None,
             rng=rng,

@@ -73,7 +73,7 @@ def test_the_bias_moves_against_the_load(name, experts_tiny, drawn, tiny_batch):
             np.testing.assert_array_equal(old, new)
             continue
         segment, block = path[1].key, path[2].key
-        loads = statistics[f"{segment}/{block}/moe/router"]["statistics"]["chosen_me"]
+        loads = statistics["routing"][f"{segment}/{block}/moe/router"]["statistics"]["chosen_me"]
         loads = np.asarray(loads.sum(axis=1))
         expected = 1e-3 * np.sign(loads.mean(axis=-1, keepdims=True) - loads)
         np.testing.assert_allclose(new - old, expected, atol=1e-6)

@@ -23,6 +23,7 @@ from moejax.config.schema import (
     UntieConfig,
 )
 from moejax.errors import UserError
+from moejax.generate.cache import init_cache, write_rows
 from moejax.models.decoder import build_decoder
 from moejax.objectives.base import Objective
 from moejax.objectives.next_token import next_token
@@ -270,8 +271,8 @@ def test_decoding_on_a_mesh_equals_decoding_on_one_device():
 
     def last_logits(params):
         rows = model.apply({"params": params}, first).rows
-        cached = jnp.full((1,), 8, jnp.int32)
-        return model.apply({"params": params}, rest, cache=rows, cached_b=cached).logits
+        cache = write_rows(init_cache(model, params, 1, 8), rows, jnp.full((1,), 8))
+        return model.apply({"params": params}, rest, cache=cache.rows).logits
 
     with jax.enable_x64(True):
         boxed = jax.jit(model.init)(jax.random.key(0), batch)["params"]

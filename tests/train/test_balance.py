@@ -52,7 +52,7 @@ def test_bias_moves_by_the_sign_of_what_is_missing_in_the_whole_batch(fake_data)
         options = {"optim__weight_decay": 0.5, "optim__ema_decay": 0.9, "train__steps": 3}
         before, after, metrics = one_step(optim__accumulation_steps=accumulation, **options)
         assert np.all(router_of(before.params)["select_bias_e"] == 0)
-        (statistics,) = metrics.losses.statistics.values()
+        (statistics,) = metrics.losses.statistics["routing"].values()
         counts = statistics["statistics"]["chosen_me"].sum(axis=1)
         bias = router_of(after.params)["select_bias_e"]
         wanted = 0.25 * np.sign(counts.mean(axis=1, keepdims=True) - counts)

@@ -1,0 +1,274 @@
+"""Layers that are run several times with the same weights, by all tokens or by fewer each time."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from moejax import axes
+from moejax.config.checks import require
+from moejax.config.depth import RecursionConfig
+from moejax.config.schema import DecoderConfig
+from moejax.depth import choose, decision_sums, first_come, gate_of, number_of, select
+from moejax.nn.block import BLOCKS, make_block
+from moejax.nn.context import Context
+from moejax.nn.depth import Scores, free_slots, is_cached, run_selected
+from moejax.nn.layers import fan_in_normal, param_dtype, partitioned
+from moejax.nn.stack import Stack
+
+# Dropout differs from step to step.
+_STEP = 256
+
+
+class RecursiveBlock(nn.Module):
+    """Mixture-of-Recursions, arXiv 2507.10524; without a router a recursive transformer.
+
+    ``F`` is a stack of ``model.recursion.layers`` blocks, residuals included.
+
+    - "none": ``x <- F(x)``, ``steps`` times.
+    - "expert": before step r each token that ran the step before is scored by a router of the
+      step's own, and the best, a share of the whole row, run it: ``x <- x + g F(x)`` as
+      ``model.depth`` has it (eq. 2.1; the first step takes all, and is weighed too).
+    - "token": one router at the start gives each token its number of steps i, the arg max of p =
+      softmax(W x): ``x <- F(x)`` so often, then ``x_0 + p_i x`` (the authors' code; eq. 2.2 weighs
+      each step, ``gate_steps``).
+
+    Shared keys and values are those of the first step, of all tokens.
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x_btd: jax.Array, carry: dict, layer_state: dict, ctx: Context):
+        run = {"none": self._plain, "expert": self._expert, "token": self._token}
+        x_btd, state, aux = run[self.config.recursion.router](x_btd, layer_state, ctx)
+        return x_btd, carry, state, aux
+
+    def _layers(self) -> nn.Module:
+        cfg = self.config
+        own = dataclasses.replace(
+            cfg,
+            num_layers=cfg.recursion.layers,
+            block_pattern=(cfg.depth.block,),
+            first_blocks=(),
+            last_blocks=(),
+        )
+        return _Layers(own, name="layers")
+
+    def _step(self, layers, index: int, x_btd, first: dict, layer_state, ctx, selection, gate_bt):
+        """One step on the selected tokens; (x, state)."""
+        share_kv = self.config.recursion.share_kv
+        own = dict(layer_state.get(f"step_{index}", {}))
+        given = share_kv and index > 0
+        if given:
+            own = _given(first, layer_state.get("step_0", {}))
+        rng = None if ctx.rng is None else jax.random.fold_in(ctx.rng, _STEP + index)
+        ctx = ctx.replace(rng=rng, keep_rows=share_kv and index == 0)
+        x_btd, _, state, _ = run_selected(
+            layers, x_btd, {}, own, ctx, selection, gate_bt, self._merge(), keys_of_all=given
+        )
+        return x_btd, state
+
+    def _merge(self) -> DecoderConfig:
+        """Only the router "expert" weighs a step."""
+        cfg = self.config
+        if cfg.recursion.router == "expert":
+            return cfg
+        depth = dataclasses.replace(cfg.depth, branch="delta", gate_on="block")
+        return dataclasses.replace(cfg, depth=depth)
+
+    def _states(self, states: dict, ctx: Context) -> dict:
+        return {} if ctx.train else states
+
+    def _plain(self, x_btd, layer_state: dict, ctx: Context):
+        layers, states = self._layers(), {}
+        ones_bt = jnp.ones(x_btd.shape[:2], param_dtype(self.config))
+        everyone = select(ctx.valid_bt, x_btd.shape[1])
+        for index in range(self.config.recursion.steps):
+            x_btd, states[f"step_{index}"] = self._step(
+                layers,
+                index,
+                x_btd,
+                states.get("step_0", {}),
+                layer_state,
+                ctx,
+                everyone,
+                ones_bt,
+            )
+        return x_btd, self._states(states, ctx), {}
+
+    def _expert(self, x_btd, layer_state: dict, ctx: Context):
+        cfg, depth, recursion = self.config, self.config.depth, self.config.recursion
+        t = x_btd.shape[1]
+        layers, states, sums, kept = self._layers(), {}, [], []
+        alive_bt = ctx.valid_bt
+        for index, share in enumerate(recursion.shares):
+            score_bt, decision_bt = Scores(cfg, name=f"router_{index}")(x_btd, ctx)
+            own = layer_state.get(f"step_{index}", {})
+            if share < 1:
+                top_k = ctx.train or depth.causal_rule == "none"
+                chosen_bt = None
+                if top_k or not is_cached(layer_state):
+                    chosen_bt = choose(
+                        jax.lax.stop_gradient(score_bt),
+                        alive_bt,
+                        share,
+                        depth.rounding,
+                        counted_bt=ctx.valid_bt,
+                    )
+                    sums.append(decision_sums(decision_bt, chosen_bt, alive_bt, depth.threshold))
+                if not top_k:
+                    chosen_bt = alive_bt & (jax.nn.sigmoid(decision_bt) > depth.threshold)
+                alive_bt = chosen_bt
+            room = self._room(index, t, ctx)
+            if not ctx.train:
+                alive_bt = first_come(alive_bt, free_slots(own, room))
+            selection = select(alive_bt, room, score_bt)
+            gate_bt = gate_of(depth.gate, score_bt, depth.gate_scale)
+            x_btd, states[f"step_{index}"] = self._step(
+                layers, index, x_btd, states.get("step_0", {}), layer_state, ctx, selection, gate_bt
+            )
+            kept.append(alive_bt)
+        aux = {"sums": jax.tree.map(lambda *one: jnp.stack(one), *sums)._asdict()} if sums else {}
+        return x_btd, self._states(states, ctx), _aux(aux, kept, ctx)
+
+    def _token(self, x_btd, layer_state: dict, ctx: Context):
+        cfg, recursion = self.config, self.config.recursion
+        t, dtype = x_btd.shape[1], param_dtype(self.config)
+        router_dr = self.param(
+            "router_dr",
+            partitioned(fan_in_normal((0,)), axes.EMBED, None),
+            (cfg.d_model, recursion.steps),
+            dtype,
+        )
+        logits = jnp.einsum("btd,dr->btr", x_btd.astype(dtype), router_dr, precision="highest")
+        probs = jax.nn.softmax(logits)
+        steps_bt = probs.argmax(axis=-1) + 1
+        weight_bt = probs.max(axis=-1)
+        gate_bt = weight_bt if recursion.gate_steps else jnp.ones_like(weight_bt)
+        begin, layers, states, kept = x_btd, self._layers(), {}, []
+        alive_bt = ctx.valid_bt
+        for index in range(recursion.steps):
+            alive_bt = alive_bt & (steps_bt > index)
+            room = self._room(index, t, ctx)
+            if not ctx.train:
+                own = layer_state.get(f"step_{index}", {})
+                alive_bt = first_come(alive_bt, free_slots(own, room))
+            selection = select(alive_bt, room, weight_bt)
+            x_btd, states[f"step_{index}"] = self._step(
+                layers,
+                index,
+                x_btd,
+                states.get("step_0", {}),
+                layer_state,
+                ctx,
+                selection,
+                jnp.ones_like(gate_bt),
+            )
+            if recursion.gate_steps:
+                scale_bt = jnp.where(alive_bt, gate_bt, 1)
+                x_btd = x_btd * scale_bt[..., None].astype(x_btd.dtype)
+            kept.append(alive_bt)
+        last_bt = jnp.ones_like(weight_bt) if recursion.gate_steps else weight_bt
+        x_btd = begin + x_btd * last_bt[..., None].astype(x_btd.dtype)
+        aux = {"recursion": recursion_sums(logits, steps_bt, ctx.valid_bt)}
+        return x_btd, self._states(states, ctx), _aux(aux, kept, ctx)
+
+    def _room(self, index: int, t: int, ctx: Context) -> int:
+        """Tokens of a row that a step has room for."""
+        cfg = self.config
+        if ctx.train:
+            return training_room(cfg, index, t)
+        share, over = _share(cfg.recursion, index), cfg.depth.eval_room
+        return t if ctx.record else _times(over, share, t)
+
+
+def training_room(config: DecoderConfig, index: int, length: int) -> int:
+    """Tokens of a row of that length that a step runs on in training."""
+    recursion, share = config.recursion, _share(config.recursion, index)
+    if recursion.router == "none":
+        return length
+    if recursion.router == "token":
+        return _times(recursion.room, share, length)
+    return max(1, number_of(share, length, config.depth.rounding))
+
+
+def _share(recursion: RecursionConfig, index: int) -> float:
+    """Of the tokens that run a step; of the router "token", if each number of steps is as usual."""
+    if recursion.router == "expert":
+        return recursion.shares[index]
+    return (recursion.steps - index) / recursion.steps
+
+
+def _times(over: float, share: float, length: int) -> int:
+    return min(length, number_of(min(1.0, over * share), length, "up")) if over else length
+
+
+class _Layers(nn.Module):
+    """A stack as a block; nothing is carried from layer to layer."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x_btd: jax.Array, carry: dict, layer_state: dict, ctx: Context):
+        x_btd, state, aux = Stack(self.config, name="stack")(x_btd, layer_state, ctx)
+        return x_btd, carry, state, aux
+
+
+def _given(first: dict, cached: dict) -> dict:
+    """The layer state of a later step: the first step's keys and values, new and cached."""
+    given = {
+        segment: {
+            block: {"given": {"k": rows["cache"]["k"], "v": rows["cache"]["v"]}}
+            for block, rows in blocks.items()
+        }
+        for segment, blocks in first.items()
+    }
+    for segment, blocks in cached.items():
+        for block, rows in blocks.items():
+            given[segment][block]["cache"] = rows["cache"]
+    return given
+
+
+def _aux(sums: dict[str, Any], kept: list[jax.Array], ctx: Context) -> dict:
+    if ctx.record:
+        sums = {**sums, "kept": jnp.stack(kept)}
+    return {"depth": sums} if sums else {}
+
+
+def recursion_sums(logits_btr, steps_bt, valid_bt) -> dict[str, jax.Array]:
+    """Sums over the tokens for the losses of the router "token": counts, probabilities, z."""
+    steps = logits_btr.shape[-1]
+    keep = valid_bt[..., None].astype(logits_btr.dtype)
+    return {
+        "chosen_r": (jax.nn.one_hot(steps_bt - 1, steps) * keep).sum(axis=(0, 1)),
+        "probs_r": (jax.nn.softmax(logits_btr) * keep).sum(axis=(0, 1)),
+        "z": (jnp.square(jax.nn.logsumexp(logits_btr, axis=-1)) * keep[..., 0]).sum(),
+        "count": keep.sum(),
+    }
+
+
+def check_recursion(config: DecoderConfig) -> None:
+    """UserError, by field, for layers that cannot be run again."""
+    inner, _ = config.for_block(config.depth.block)
+    require(
+        inner in ("untied", "dense"),
+        "model.depth.block",
+        f"{config.depth.block!r} cannot be run several times by model.recursion; untied or dense",
+    )
+    recursion: RecursionConfig = config.recursion
+    require(
+        recursion.router != "expert" or config.depth.gate_on == "block",
+        "model.depth.gate_on",
+        "is 'block' where model.recursion.router is 'expert'",
+    )
+
+
+@BLOCKS.register("recursive")
+def recursive_block(config: DecoderConfig, name: str) -> nn.Module:
+    """``model.recursion.layers`` blocks, run several times (Mixture-of-Recursions)."""
+    check_recursion(config)
+    make_block(config, config.depth.block, "block")
+    return RecursiveBlock(config, name=name)
