@@ -1,9 +1,9 @@
 """Tiles that are looked up, by chip and shape, before any are searched for.
 
-``tiles_tpu.csv`` and ``tiles_gpu.csv`` have a line for each entry: its key, the tiles, and where they
-come from. No chip has been measured yet: a line that is "unmeasured" says what a kernel takes
-without it, on TPUs what the search finds and on GPUs the default, so that the table changes nothing
-so far. A line that was measured takes the place of such a one, with the measurement's name.
+``tiles_tpu.csv`` and ``tiles_gpu.csv`` have a line for each entry: its key, the tiles, and where
+they come from. No chip has been measured yet: a line that is "unmeasured" says what a kernel takes
+without it, on TPUs what the search finds and on GPUs the default, so that the tables change nothing
+so far. A measured line, with the measurement's name for its source, takes the place of such a one.
 
 ``python -m pallas_kernels.tabulate`` writes the unmeasured lines.
 """
@@ -20,7 +20,9 @@ UNMEASURED = "unmeasured"
 _MANY_ROWS = 4096
 _PREFIX = "tile_"
 
-_searched = contextvars.ContextVar("searched", default=None)
+_searched: contextvars.ContextVar[dict[Any, Any] | None] = contextvars.ContextVar(
+    "searched", default=None
+)
 
 
 def rows_per_group(rows: int, groups: int) -> int:
@@ -55,7 +57,7 @@ def read_table(name: str, key: Any, blocks: Any) -> dict[Any, Any]:
 
 
 def write_table(name: str, entries: dict[Any, dict[str, int]]) -> None:
-    """Writes ``{key: sizes}`` as unmeasured lines; lines that were measured stay, and come first."""
+    """Writes ``{key: sizes}`` as unmeasured lines; measured ones stay, and come first."""
     path, kept = table_file(name), []
     if path.exists():
         with path.open(newline="", encoding="utf-8") as file:
