@@ -33,6 +33,17 @@ def target_platform() -> str | None:
     return "tpu" if jax.default_backend() == "tpu" else None
 
 
+def target_chip() -> str | None:
+    """The chip that a program is traced for, as in "v5e", "h100"; None if that is open."""
+    if target_platform() == "tpu":
+        return str(pltpu.get_tpu_info().chip_version)
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None and jax.default_backend() == "gpu":
+        device = jax.devices()[0]
+    maker, *model = device.device_kind.split() if device is not None else ("",)
+    return model[0].lower() if maker == "NVIDIA" and model else None
+
+
 def vmem_capacity() -> int:
     """Bytes of VMEM of the TPU that a program is traced for; of the smallest if that is open."""
     if target_platform() == "tpu":

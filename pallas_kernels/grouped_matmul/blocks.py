@@ -1,13 +1,16 @@
-"""Tile sizes of the grouped matmuls on TPU.
+"""Tile sizes of the grouped matmuls on TPU: those of the table, else those that a search finds.
 
-The sizes of a call are those that move the fewest bytes, of all that fit into the chip's VMEM: a
-weight that fits is read once for each group, rows that meet it whole are read once. Steps are such
-that what is multiplied for nothing stays under a tenth of the rows.
+The search takes those that move the fewest bytes, of all that fit into the chip's VMEM: a weight
+that fits is read once for each group, rows that meet it whole are read once. Steps are such that
+what is multiplied for nothing stays under a tenth of the rows.
 """
 
 import dataclasses
 import functools
 from typing import NamedTuple
+
+from pallas_kernels.tile_table import look_up, read_table, rows_per_group
+from pallas_kernels.versions import target_chip, vmem_capacity
 
 # What a tile may take of VMEM by the sum below, and what the compiler is allowed.
 _SHARE, _LIMIT = 0.75, 0.9
@@ -68,24 +71,81 @@ class Product(NamedTuple):
     exact: bool = False
 
 
+class Key(NamedTuple):
+    """What an entry of the table is for: a chip, "rows" or "groups", and a :class:`Product`.
+
+    How many groups there are is not part of it, but how many rows each has.
+    """
+
+    chip: str
+    kernel: str
+    rows_per_group: int
+    inner: int
+    outer: int
+    parts: int
+    views: int
+    x_bytes: int
+    w_bytes: int
+    column_bytes: int
+    numbers: int
+    exact: int
+
+    @classmethod
+    def of(cls, chip: str, kernel: str, of: Product):
+        return cls(
+            chip,
+            kernel,
+            rows_per_group(of.rows, of.groups),
+            *(of.inner, of.outer, of.parts, of.views, *of.itemsizes),
+            *(of.column_bytes, of.numbers, int(of.exact)),
+        )
+
+
+TABLE: dict[Key, Blocks] = read_table("tpu", Key, Blocks)
+
+
+def tiles(kernel: str, of: Product) -> Blocks:
+    """Tile sizes for the chip that a program is traced for.
+
+    Args:
+      kernel: "rows" (:func:`pallas_kernels.grouped_matmul.tpu_rows.rows_matmul`) or "groups"
+        (:func:`pallas_kernels.grouped_matmul.tpu_groups.groups_matmul`).
+      of: the product.
+
+    Raises:
+      NotImplementedError: the table has none, and none fit.
+    """
+    capacity = vmem_capacity()
+    search = {"rows": rows_blocks, "groups": groups_blocks}[kernel]
+    key = Key.of(target_chip() or "", kernel, of)
+    blocks = look_up(TABLE, key, lambda: search(of, capacity))
+    return dataclasses.replace(blocks, vmem_bytes=int(_LIMIT * capacity))
+
+
 @functools.cache
-def rows_blocks(of: Product, vmem_capacity: int) -> Blocks:
-    """Tile sizes of :func:`pallas_kernels.grouped_matmul.tpu_rows.rows_matmul`.
+def rows_blocks(of: Product, capacity: int) -> Blocks:
+    """Those of "rows" that the search finds.
 
     Raises:
       NotImplementedError: none fit.
     """
-    return _best(of, vmem_capacity, _rows_bytes, _rows_vmem)
+    return _best(of, capacity, _rows_bytes, _rows_vmem)
 
 
 @functools.cache
-def groups_blocks(of: Product, vmem_capacity: int) -> Blocks:
-    """Tile sizes of :func:`pallas_kernels.grouped_matmul.tpu_groups.groups_matmul`.
+def groups_blocks(of: Product, capacity: int) -> Blocks:
+    """Those of "groups" that the search finds.
 
     Raises:
       NotImplementedError: none fit.
     """
-    return _best(of, vmem_capacity, _groups_bytes, _groups_vmem)
+    return _best(of, capacity, _groups_bytes, _groups_vmem)
+
+
+def fits(kernel: str, of: Product, blocks: Blocks, capacity: int) -> bool:
+    """Whether a tile takes no more than its share of VMEM, by the count of the search."""
+    taken = {"rows": _rows_vmem, "groups": _groups_vmem}[kernel]
+    return taken(of, blocks) <= _SHARE * capacity
 
 
 def _best(of: Product, capacity: int, moved, taken) -> Blocks:
@@ -97,7 +157,7 @@ def _best(of: Product, capacity: int, moved, taken) -> Blocks:
     for rows in _heights(of.rows):
         for inner in inners:
             for outer in outers:
-                blocks = Blocks(rows, inner, outer, _step(of, rows), int(_LIMIT * capacity))
+                blocks = Blocks(rows, inner, outer, _step(of, rows))
                 if taken(of, blocks) <= _SHARE * capacity:
                     found.append((moved(of, blocks), -rows, -inner, -outer, blocks))
     if not found:

@@ -7,7 +7,7 @@ stored of it are the group's own rows.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.versions import gpu_kernel, transposed
+from pallas_kernels.tile_table import look_up, read_table, rows_per_group
+from pallas_kernels.versions import gpu_kernel, target_chip, transposed
 from pallas_kernels.visits import Visits, row_visits
 
 
@@ -38,6 +39,36 @@ class Blocks:
     columns: int = 4
 
 
+class Key(NamedTuple):
+    """What an entry of the table is for.
+
+    Attributes:
+      chip: "h100" or "h200".
+      kernel: "rows", "rows transposed" (the weight is) or "groups".
+      rows_per_group: as the table counts them.
+      inner: contracted dimension; of "groups", rows of the result.
+      outer: columns of the result.
+      out_bytes: of a number of the result.
+    """
+
+    chip: str
+    kernel: str
+    rows_per_group: int
+    inner: int
+    outer: int
+    out_bytes: int
+
+
+TABLE: dict[Key, Blocks] = read_table("gpu", Key, Blocks)
+
+
+def _tiles(kernel: str, rows: int, groups: int, inner: int, outer: int, out_dtype) -> Blocks:
+    """Those of the table for the chip that a program is traced for, else the default."""
+    per_group, out_bytes = rows_per_group(rows, groups), jnp.dtype(out_dtype).itemsize
+    key = Key(target_chip() or "", kernel, per_group, inner, outer, out_bytes)
+    return look_up(TABLE, key, Blocks)
+
+
 def grouped_matmul(
     x_td,
     w_edf,
@@ -46,7 +77,7 @@ def grouped_matmul(
     group_offset,
     transpose_rhs,
     out_dtype,
-    blocks: Blocks = Blocks(),
+    blocks: Blocks | None = None,
     interpret: Any = False,
 ):
     """``out[r] = x[r] @ w[group(r) - group_offset]``, zero for rows of other groups."""
@@ -54,6 +85,9 @@ def grouped_matmul(
     num_local = w_edf.shape[0]
     outer = w_edf.shape[1 if transpose_rhs else 2]
     _check(x_td, w_edf, (inner, outer))
+    if blocks is None:
+        kernel = "rows transposed" if transpose_rhs else "rows"
+        blocks = _tiles(kernel, rows, num_local, inner, outer, out_dtype)
     tm, tn, tk = blocks.rows, blocks.outer, blocks.inner
     visits = row_visits(
         group_sizes,
@@ -130,12 +164,14 @@ def grouped_matmul_t(
     group_offset,
     num_local,
     out_dtype,
-    blocks: Blocks = Blocks(),
+    blocks: Blocks | None = None,
     interpret: Any = False,
 ):
     """``out[e] = x[rows of e].T @ y[rows of e]``, exactly zero for empty groups."""
-    inner, outer = x_td.shape[1], y_tf.shape[1]
+    (rows, inner), outer = x_td.shape, y_tf.shape[1]
     _check(x_td, y_tf, (inner, outer))
+    if blocks is None:
+        blocks = _tiles("groups", rows, num_local, inner, outer, out_dtype)
     tm, tn, tk = blocks.rows, blocks.outer, blocks.inner
     ends = jnp.cumsum(group_sizes, dtype=jnp.int32)
     local = slice(group_offset, group_offset + num_local)

@@ -11,9 +11,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_matmul.blocks import Blocks, Product, groups_blocks
+from pallas_kernels.grouped_matmul.blocks import Blocks, Product, tiles
 from pallas_kernels.grouped_matmul.tpu_steps import check_dtypes, dot, in_steps, known_sizes
-from pallas_kernels.versions import out_struct, tpu_params, vmem_capacity
+from pallas_kernels.versions import out_struct, tpu_params
 from pallas_kernels.visits import fetches, group_visits, visited_rows
 
 
@@ -60,7 +60,7 @@ def groups_matmul(
             itemsizes=(x_tk.dtype.itemsize, y_ptn.dtype.itemsize),
             column_bytes=sum(out_bytes),
         )
-        blocks = groups_blocks(of, vmem_capacity())
+        blocks = tiles("groups", of)
     elif parts > 1 and width % blocks.outer:
         raise ValueError(f"tiles {blocks} do not divide a part of {width}")
     tm, tk, tn = blocks.rows, blocks.inner, blocks.outer

@@ -16,9 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.grouped_matmul.blocks import Blocks, Product, rows_blocks
+from pallas_kernels.grouped_matmul.blocks import Blocks, Product, tiles
 from pallas_kernels.grouped_matmul.tpu_steps import check_dtypes, dot, in_steps, known_sizes
-from pallas_kernels.versions import out_struct, tpu_params, vmem_capacity
+from pallas_kernels.versions import out_struct, tpu_params
 from pallas_kernels.visits import Visits, fetches, row_visits, visited_rows
 
 _LANES = 128
@@ -72,8 +72,7 @@ def rows_matmul(
     """
     check_dtypes(x_ptk, w_edf)
     if blocks is None:
-        of = _product(x_ptk, w_edf, transpose_rhs, views, epilogue, existing)
-        blocks = rows_blocks(of, vmem_capacity())
+        blocks = tiles("rows", _product(x_ptk, w_edf, transpose_rhs, views, epilogue, existing))
     geometry = _Geometry.of(x_ptk, w_edf, blocks, transpose_rhs, views)
     make_visits = functools.partial(
         row_visits,

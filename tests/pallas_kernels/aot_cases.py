@@ -2,11 +2,14 @@
 
     python tests/pallas_kernels/aot_cases.py TOPOLOGY OUT.json [CASE ...]
 
-Writes {case: {"calls": Pallas calls in the program, "flops": of XLA's count, "error": ...}}.
+Writes {case: {"chip": whose tiles it takes, "calls": Pallas calls in the program, "flops": of XLA's
+count, "error": ...}}. The cases "table, LAYER" take every entry of the chip's tile table.
 """
 
+import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -15,7 +18,7 @@ from jax.sharding import AxisType, Mesh, SingleDeviceSharding
 
 from moejax.analysis.aot import topology_devices
 from moejax.ops.untied import swiglu
-from moejax.parallel.topologies import parse_topology
+from moejax.parallel.topologies import Chip, parse_topology
 from pallas_kernels import (
     gather_tokens,
     grouped_matmul,
@@ -24,6 +27,8 @@ from pallas_kernels import (
     scatter_tokens,
 )
 from pallas_kernels.rows.tpu import gather_rows, sum_rows
+from pallas_kernels.tabulate import layers_of, program
+from pallas_kernels.versions import target_chip
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
 # Rows, width, hidden width, experts and choices: of a layer with few and with many experts.
@@ -106,6 +111,14 @@ CUDA = {
 CALLS = {"tpu": "tpu_custom_call", "cuda": "mosaic_gpu"}
 
 
+def cases_of(chip: Chip) -> dict[str, Callable]:
+    kernels, table = {"tpu": (TPU, "tpu"), "cuda": (CUDA, "gpu")}[chip.platform]
+    layers = layers_of(chip.name)
+    return kernels | {
+        f"table, {layer.name}": functools.partial(program, layer, table) for layer in layers
+    }
+
+
 def main(name: str, out: str, wanted: list[str]) -> None:
     topology = parse_topology(name)
     platform = topology.chip.platform
@@ -113,7 +126,7 @@ def main(name: str, out: str, wanted: list[str]) -> None:
     sharding = SingleDeviceSharding(device)
     found = {}
     with jax.set_mesh(Mesh([device], ("x",), axis_types=(AxisType.Auto,))):
-        for case, make in {"tpu": TPU, "cuda": CUDA}[platform].items():
+        for case, make in cases_of(topology.chip).items():
             if wanted and case not in wanted:
                 continue
             run, shapes = make()
@@ -125,7 +138,8 @@ def main(name: str, out: str, wanted: list[str]) -> None:
                 continue
             analysis = compiled.cost_analysis() or {}
             calls = compiled.as_text().count(f'custom_call_target="{CALLS[platform]}')
-            found[case] = {"calls": calls, "flops": analysis.get("flops")}
+            flops = analysis.get("flops")
+            found[case] = {"chip": target_chip(), "calls": calls, "flops": flops}
             print(case, found[case], flush=True)
     Path(out).write_text(json.dumps(found))
 

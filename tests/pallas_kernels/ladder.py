@@ -16,3 +16,15 @@ def races_found() -> bool:
     """Whether the last kernel that was interpreted with ``eager`` had a race."""
     races = interpret_pallas_call.races
     return races is not None and races.races_found
+
+
+def record_races(monkeypatch) -> list:
+    """What the race detection of each kernel from now on will have found, in their order."""
+    states, make = [], interpret_pallas_call.RaceDetectionState
+
+    def record(*args, **options):
+        states.append(make(*args, **options))
+        return states[-1]
+
+    monkeypatch.setattr(interpret_pallas_call, "RaceDetectionState", record)
+    return states

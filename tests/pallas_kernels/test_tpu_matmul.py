@@ -1,6 +1,5 @@
 """The Pallas grouped matmuls for TPU, interpreted: value and every gradient."""
 
-import functools
 import itertools
 
 import jax
@@ -8,15 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.ops.untied import swiglu
-from pallas_kernels import grouped_matmul, grouped_mlp, sort_by_group
+from pallas_kernels import grouped_matmul
 from pallas_kernels.grouped_matmul import reference, tpu
 from pallas_kernels.grouped_matmul.blocks import Blocks, Product, groups_blocks, rows_blocks
 from pallas_kernels.grouped_matmul.tpu_groups import groups_matmul
 from pallas_kernels.grouped_matmul.tpu_rows import Epilogue, rows_matmul
-from pallas_kernels.grouped_mlp import ragged
-from pallas_kernels.grouped_mlp import tpu as fused_mlp
-from pallas_kernels.grouped_mlp.operands import Operands
 from tests.pallas_kernels.ladder import INTERPRETED, races_found
 
 # No size is a multiple of a tile.
@@ -127,86 +122,6 @@ def test_adding_to_what_is_there(how):
     plain = expected(x, w, dy, sizes)
     np.testing.assert_allclose(out, 1 + plain[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(out_t, 1 + plain[1], rtol=1e-5, atol=1e-5)
-
-
-T, D, GROUPS, K = 40, 24, 3, 2
-
-
-@pytest.mark.parametrize(
-    "activation, wide, f, gated, first",
-    [
-        (swiglu, 256, 128, True, 0),
-        (swiglu, 256, 128, False, 1),
-        (jax.nn.gelu, 40, 40, True, 1),
-        # Halves that are not cut at whole lanes, and an error function: XLA's activation.
-        (swiglu, 10, 5, True, 0),
-    ],
-)
-def test_the_mlp_agrees_with_the_reference(activation, wide, f, gated, first):
-    keys = jax.random.split(jax.random.key(0), 6)
-    normal = lambda key, *shape: jax.random.normal(key, shape)
-    x, cotangent = normal(keys[0], T, D), normal(keys[4], T, D)
-    wi, wo = normal(keys[1], GROUPS, D, wide)[first:], normal(keys[2], GROUPS, f, D)[first:]
-    gates = normal(keys[3], T, K) if gated else None
-    ids = jax.random.randint(keys[5], (T, K), 0, GROUPS + 2)
-    by_group = sort_by_group(ids.reshape(-1), GROUPS)
-    row = jnp.where(ids < GROUPS, by_group.inverse.reshape(T, K), T * K)
-
-    def results(backend):
-        def run(x, wi, wo, gates):
-            return grouped_mlp(
-                x,
-                wi,
-                wo,
-                by_group.order // K,
-                row,
-                by_group.sizes,
-                gates,
-                activation=activation,
-                group_offset=first,
-                backend=backend,
-                interpret=True,
-            )
-
-        def both(*args):
-            out, pullback = jax.vjp(run, *args)
-            return out, pullback(cotangent)
-
-        return jax.jit(both)(x, wi, wo, gates)
-
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5 * np.abs(b).max()),
-        results("tpu"),
-        results("reference"),
-    )
-
-
-@pytest.mark.parametrize("fused_first", [True, False])
-def test_one_direction_may_have_no_tiles(fused_first):
-    """`auto` then has it by ragged_dot, whatever the other direction kept."""
-    keys = jax.random.split(jax.random.key(0), 6)
-    normal = lambda key, *shape: jax.random.normal(key, shape)
-    x, dout = normal(keys[0], T, D), normal(keys[1], T, D)
-    wi, wo = normal(keys[2], GROUPS, D, 256), normal(keys[3], GROUPS, 128, D)
-    by_group = sort_by_group(jax.random.randint(keys[4], (T,), 0, GROUPS), GROUPS)
-    scale = normal(keys[5], T)
-    of = Operands(x, wi, wo, by_group.order, by_group.inverse[:, None], by_group.sizes, scale)
-    options = {"activation": swiglu, "group_offset": 0}
-    fused = (
-        functools.partial(fused_mlp.forward, interpret=True),
-        functools.partial(fused_mlp.backward, interpret=True),
-    )
-    plain = ragged.forward, ragged.backward
-    first, second = (fused[0], plain[1]) if fused_first else (plain[0], fused[1])
-    mixed, expected = (
-        jax.jit(lambda f=f, b=b: b(of, f(of, keep_hidden=True, **options)[1], dout, **options))()
-        for f, b in ((first, second), plain)
-    )
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5 * np.abs(b).max()),
-        mixed,
-        expected,
-    )
 
 
 def test_other_types_are_refused():
