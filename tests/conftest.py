@@ -20,13 +20,29 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.pop("MOEJAX_CONFIG_PATH", None)
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # The annotations of the pure packages are checked at each call, in tests only.
 _HOOK = install_import_hook(
-    ["moejax.experts", "moejax.ops", "moejax.objectives", "moejax.routing", "pallas_kernels"],
+    [
+        "moejax.depth",
+        "moejax.experts",
+        "moejax.ops",
+        "moejax.objectives",
+        "moejax.routing",
+        "pallas_kernels",
+    ],
     "beartype.beartype",
 )
 
 # (3,) + (2, 3) is an error: a missing axis must be written out.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def float64_stays_inside():
+    """A run in float64 sets it for its process; the next test begins without."""
+    wide = jax.config.read("jax_enable_x64")
+    yield
+    jax.config.update("jax_enable_x64", wide)

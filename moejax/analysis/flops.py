@@ -17,9 +17,11 @@ from moejax.analysis.experts import ffn_choices, router_products
 from moejax.analysis.jaxpr_flops import count_flops
 from moejax.analysis.params import abstract_batch, abstract_params
 from moejax.config import Config, Registry
+from moejax.config.decoder import AROUND_OTHERS
 from moejax.config.schema import AutoencoderConfig, DecoderConfig
 from moejax.models import build_model
 from moejax.models.autoencoder import CHANNELS
+from moejax.nn.depth import together
 from moejax.nn.depth import training_room as depth_room
 from moejax.nn.patch_adapter import TIME_FREQUENCIES
 from moejax.nn.recursive import training_room as step_room
@@ -130,6 +132,8 @@ def decoder_flops(config: Config) -> dict[str, TokenFlops] | None:
     continuous = model.latents.channels > 0
     if not _has_formula(kinds):
         return None
+    rows = config.data.batch_size // config.optim.accumulation_steps
+    kinds = [(kind, _of_batch(own, rows)) for kind, own in kinds]
     logits = TokenFlops(0.0, 0.0, 2.0 * model.d_model * model.vocab_size)
     adapter = TokenFlops(2.0 * adapter_products(model, length) if continuous else 0.0, 0.0, 0.0)
     ends = {
@@ -142,11 +146,15 @@ def decoder_flops(config: Config) -> dict[str, TokenFlops] | None:
     }
 
 
+def _of_batch(model: DecoderConfig, rows: int) -> DecoderConfig:
+    """With as many rows whose tokens compete as a microbatch has."""
+    depth = dataclasses.replace(model.depth, group=together(model.depth, rows))
+    return dataclasses.replace(model, depth=depth)
+
+
 def _has_formula(kinds: list[tuple[str, DecoderConfig]]) -> bool:
     """Whether every kind of block has one, those inside of others too."""
-    inside = [
-        own.for_block(own.depth.block)[0] for kind, own in kinds if kind in ("mod", "recursive")
-    ]
+    inside = [own.for_block(own.depth.block)[0] for kind, own in kinds if kind in AROUND_OTHERS]
     return all(kind in BLOCK_FLOPS for kind in (*(kind for kind, _ in kinds), *inside))
 
 
@@ -222,10 +230,10 @@ def shortcut_moe_block_flops(model: DecoderConfig, modality: int, length: int) -
 def mod_block_flops(model: DecoderConfig, modality: int, length: int) -> TokenFlops:
     """A block on some of the tokens, whose attention is among those; and their router."""
     depth = model.depth
-    together = depth.group * length
-    room = depth_room(depth, together)
+    competing = depth.group * length
+    room = depth_room(depth, competing)
     inner = _inner_flops(model, modality, room)
-    return inner.scaled(room / together) + _decision(model)
+    return inner.scaled(room / competing) + _decision(model)
 
 
 @BLOCK_FLOPS.register("recursive")

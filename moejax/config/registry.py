@@ -49,3 +49,8 @@ def _identity(entry) -> tuple:
     # What a decorator wraps with more facts is the same entry if its function is.
     entry = getattr(entry, "function", entry)
     return getattr(entry, "__module__", None), getattr(entry, "__qualname__", repr(entry))
+
+
+# Dataclasses that a config's groups ``model`` and ``objective`` are, by their field ``name``.
+MODEL_CONFIGS: Registry[type] = Registry("model")
+OBJECTIVE_CONFIGS: Registry[type] = Registry("objective")

@@ -1,7 +1,7 @@
 """The choice of tokens, and the few rows that a block then runs on."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -23,12 +23,15 @@ class Selection(NamedTuple):
     kept_bc: Bool[Array, "b c"]
 
 
-def number_of(share, count, rounding: str):
-    """``share * count`` rounded "down" or "up"; of Python numbers an int, of arrays i32."""
-    if isinstance(share, float) and isinstance(count, int):
-        product = share * count
-        return math.floor(product + _ALMOST) if rounding == "down" else math.ceil(product - _ALMOST)
-    product = jnp.asarray(share, jnp.float32) * count
+def number_of(share: float, count: int, rounding: str) -> int:
+    """``share * count`` rounded "down" or "up"."""
+    product = share * count
+    return math.floor(product + _ALMOST) if rounding == "down" else math.ceil(product - _ALMOST)
+
+
+def _numbers(share: Any, counts: Array, rounding: str) -> Array:
+    """The same of arrays, i32."""
+    product = jnp.asarray(share, jnp.float32) * counts
     whole = jnp.floor(product + _ALMOST) if rounding == "down" else jnp.ceil(product - _ALMOST)
     return whole.astype(jnp.int32)
 
@@ -65,13 +68,13 @@ def choose(
         counts_bt = end_bt - start_bt
     else:
         counts_bt = counted_bt.sum(axis=1, keepdims=True)
-    places_bt = number_of(share, counts_bt, rounding)
+    places_bt = _numbers(share, counts_bt, rounding)
     taken = (position_bt - start_bt < places_bt) & (sorted_class < last)
     row_b1 = jnp.arange(b)[:, None]
     return jnp.zeros((b, t), bool).at[row_b1, order_bt].set(taken, unique_indices=True)
 
 
-def first_come(wanted_bt: Bool[Array, "b t"], room: int) -> Bool[Array, "b t"]:
+def first_come(wanted_bt: Bool[Array, "b t"], room: int | Int[Array, "b 1"]) -> Bool[Array, "b t"]:
     """The first ``room`` of the tokens that want to run, in each row."""
     return wanted_bt & (jnp.cumsum(wanted_bt, axis=1) <= room)
 

@@ -14,6 +14,7 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from moejax import axes
+from moejax.config.decoder import AROUND_OTHERS
 from moejax.config.schema import DecoderConfig
 from moejax.models.registry import MODELS
 from moejax.nn.block import make_block
@@ -168,4 +169,7 @@ def _valid(batch: dict) -> jax.Array:
 def build_decoder(config: DecoderConfig) -> Decoder:
     for kind in sorted(set(config.block_kinds())):
         make_block(config, kind, name="block")
+        base, own = config.for_block(kind)
+        if base in AROUND_OTHERS:
+            make_block(own, own.depth.block, name="block")
     return Decoder(config)

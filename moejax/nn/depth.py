@@ -71,8 +71,10 @@ class Scores(nn.Module):
     def __call__(self, x_btd: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:
         """Both [b, t], in float32 or wider."""
         cfg, depth, dtype = self.config, self.config.depth, param_dtype(self.config)
-        own = RouterWeights(cfg, name="own") if ctx.depth_router is None else None
-        router_dk, bias_k = ctx.depth_router if own is None else own()
+        weights = ctx.depth_router
+        if weights is None:
+            weights = RouterWeights(cfg, name="own")()
+        router_dk, bias_k = weights
         seen_btd = x_btd.astype(dtype)
         if depth.router_norm:
             seen_btd = rms_normalise(seen_btd, cfg.norm_eps)
@@ -113,38 +115,36 @@ class DepthBlock(nn.Module):
         competes_bt = ctx.valid_bt
         if depth.modality:
             competes_bt &= ctx.modality_bt == cfg.modalities.index(depth.modality)
-        aux: dict[str, Any] = {}
-        top_k = ctx.train or depth.causal_rule == "none"
-        chosen_bt = None
-        if top_k or not is_cached(layer_state):
-            chosen_bt = self._choose(score_bt, competes_bt, ctx)
-            sums = decision_sums(decision_bt, chosen_bt, competes_bt, depth.threshold)
-            aux["depth"] = {"sums": sums._asdict()}
-        if not top_k:
-            chosen_bt = competes_bt & (jax.nn.sigmoid(decision_bt) > depth.threshold)
+        chosen_bt, sums = decide(
+            depth,
+            decision_bt,
+            competes_bt,
+            lambda: self._choose(score_bt, competes_bt, ctx),
+            ctx,
+            cached=is_cached(layer_state),
+        )
         protected_bt = ctx.valid_bt & ~competes_bt
         kept_bt = chosen_bt | protected_bt
         room = self._room(b, t, ctx)
         if not ctx.train:
             kept_bt = first_come(kept_bt, free_slots(layer_state, room))
         gate_bt = jnp.where(competes_bt, gate_of(depth.gate, score_bt, depth.gate_scale), 1)
-        together = _together(depth, b) if ctx.train else 1
-        fold = lambda value: value.reshape(b // together, together * t, *value.shape[2:])
+        rows = together(depth, b) if ctx.train else 1
+        fold = lambda value: value.reshape(b // rows, rows * t, *value.shape[2:])
         selection = select(fold(kept_bt), room, fold(score_bt), fold(protected_bt))
         block = make_block(cfg, depth.block, "block")
-        out, carry, state, aux["block"] = run_selected(
+        out, carry, state, inner_aux = run_selected(
             block,
             fold(x_btd),
             jax.tree.map(fold, carry),
             layer_state,
-            _folded(ctx, together),
+            _folded(ctx, rows),
             selection,
             fold(gate_bt),
             cfg,
             weighed_bt=fold(competes_bt) if depth.weigh_skipped else None,
         )
-        if ctx.record:
-            aux["depth"]["kept"] = kept_bt
+        aux = {"block": inner_aux, "depth": _recorded(sums, kept_bt, ctx)}
         unfold = lambda value: value.reshape(b, t, *value.shape[2:])
         return unfold(out), jax.tree.map(unfold, carry), state, aux
 
@@ -152,7 +152,7 @@ class DepthBlock(nn.Module):
         """As in training, with all tokens in sight."""
         depth = self.config.depth
         b, t = score_bt.shape
-        together = _together(depth, b)
+        rows = together(depth, b)
         share: Any = depth.capacity
         if depth.warmup_steps and ctx.train and ctx.step is not None:
             share = warmed_up(share, ctx.step, depth.warmup_steps)
@@ -164,8 +164,8 @@ class DepthBlock(nn.Module):
             own = ctx.segments_bt if depth.within == "segment" else runs_of(competes_bt)
             # Of each row of the batch its own, also where rows compete with each other.
             class_bt = own + (t + 1) * jnp.arange(b)[:, None]
-            class_bt = class_bt.reshape(b // together, together * t)
-        fold = lambda value: value.reshape(b // together, together * t)
+            class_bt = class_bt.reshape(b // rows, rows * t)
+        fold = lambda value: value.reshape(b // rows, rows * t)
         chosen = choose(
             fold(jax.lax.stop_gradient(score_bt)),
             fold(competes_bt),
@@ -182,7 +182,35 @@ class DepthBlock(nn.Module):
             if not depth.eval_room or ctx.record:
                 return t
             return min(t, number_of(min(1.0, depth.eval_room * depth.capacity), t, "up"))
-        return training_room(depth, _together(depth, b) * t)
+        return training_room(depth, together(depth, b) * t)
+
+
+def decide(
+    depth: DepthConfig,
+    decision_bt: jax.Array,
+    competes_bt: jax.Array,
+    with_sight: Callable[[], jax.Array],
+    ctx: Context,
+    *,
+    cached: bool,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Who runs a block [b, t], and how well that can be told without later tokens in sight.
+
+    ``with_sight`` chooses as in training. The sums of :class:`moejax.depth.DecisionSums` are not
+    there in decoding, which has no more than one token at a time.
+    """
+    as_trained = ctx.train or depth.causal_rule == "none"
+    told_bt = competes_bt & (jax.nn.sigmoid(decision_bt) > depth.threshold)
+    if cached and not as_trained:
+        return told_bt, {}
+    chosen_bt = with_sight()
+    sums = decision_sums(decision_bt, chosen_bt, competes_bt, depth.threshold)
+    return (chosen_bt if as_trained else told_bt), sums._asdict()
+
+
+def _recorded(sums: dict[str, jax.Array], kept_bt: jax.Array, ctx: Context) -> dict[str, Any]:
+    found: dict[str, Any] = {"sums": sums} if sums else {}
+    return {**found, "kept": kept_bt} if ctx.record else found
 
 
 def training_room(depth: DepthConfig, length: int) -> int:
@@ -194,19 +222,19 @@ def training_room(depth: DepthConfig, length: int) -> int:
     return max(1, number_of(depth.capacity, length, depth.rounding))
 
 
-def _together(depth: DepthConfig, b: int) -> int:
+def together(depth: DepthConfig, b: int) -> int:
     """Rows of a batch of b whose tokens compete."""
     return depth.group if b % depth.group == 0 else b
 
 
-def _folded(ctx: Context, together: int) -> Context:
-    """``together`` rows of the batch as one, whose tokens do not see each other."""
-    if together == 1:
+def _folded(ctx: Context, rows: int) -> Context:
+    """So many rows of the batch as one, whose tokens do not see each other."""
+    if rows == 1:
         return ctx
     b, t = ctx.modality_bt.shape
-    row_b1 = (jnp.arange(b) % together)[:, None]
-    fold = lambda value: value.reshape(b // together, together * t)
-    own = lambda ids: jnp.where(ids > 0, (ids - 1) * together + row_b1 + 1, 0)
+    row_b1 = (jnp.arange(b) % rows)[:, None]
+    fold = lambda value: value.reshape(b // rows, rows * t)
+    own = lambda ids: jnp.where(ids > 0, (ids - 1) * rows + row_b1 + 1, 0)
     image_id = None if ctx.image_id_bt is None else fold(own(ctx.image_id_bt))
     segments = fold(own(ctx.segments_bt))
     return ctx.replace(
@@ -367,5 +395,4 @@ def check_depth(config: DecoderConfig) -> None:
 def mod_block(config: DecoderConfig, name: str) -> nn.Module:
     """``model.depth.block`` on some of the tokens (Mixture-of-Depths); "mod:0.5:moe" says both."""
     check_depth(config)
-    make_block(config, config.depth.block, "block")
     return DepthBlock(config, name=name)

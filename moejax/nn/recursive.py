@@ -1,6 +1,7 @@
 """Layers that are run several times with the same weights, by all tokens or by fewer each time."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -11,10 +12,10 @@ from moejax import axes
 from moejax.config.checks import require
 from moejax.config.depth import RecursionConfig
 from moejax.config.schema import DecoderConfig
-from moejax.depth import choose, decision_sums, first_come, gate_of, number_of, select
-from moejax.nn.block import BLOCKS, make_block
+from moejax.depth import choose, first_come, gate_of, number_of, select
+from moejax.nn.block import BLOCKS
 from moejax.nn.context import Context
-from moejax.nn.depth import Scores, free_slots, is_cached, run_selected
+from moejax.nn.depth import Scores, decide, free_slots, is_cached, run_selected
 from moejax.nn.layers import fan_in_normal, param_dtype, partitioned
 from moejax.nn.stack import Stack
 
@@ -108,20 +109,17 @@ class RecursiveBlock(nn.Module):
             score_bt, decision_bt = Scores(cfg, name=f"router_{index}")(x_btd, ctx)
             own = layer_state.get(f"step_{index}", {})
             if share < 1:
-                top_k = ctx.train or depth.causal_rule == "none"
-                chosen_bt = None
-                if top_k or not is_cached(layer_state):
-                    chosen_bt = choose(
-                        jax.lax.stop_gradient(score_bt),
-                        alive_bt,
-                        share,
-                        depth.rounding,
-                        counted_bt=ctx.valid_bt,
-                    )
-                    sums.append(decision_sums(decision_bt, chosen_bt, alive_bt, depth.threshold))
-                if not top_k:
-                    chosen_bt = alive_bt & (jax.nn.sigmoid(decision_bt) > depth.threshold)
-                alive_bt = chosen_bt
+                with_sight = functools.partial(
+                    choose,
+                    jax.lax.stop_gradient(score_bt),
+                    alive_bt,
+                    share,
+                    depth.rounding,
+                    counted_bt=ctx.valid_bt,
+                )
+                cached = is_cached(layer_state)
+                alive_bt, one = decide(depth, decision_bt, alive_bt, with_sight, ctx, cached=cached)
+                sums += [one] if one else []
             room = self._room(index, t, ctx)
             if not ctx.train:
                 alive_bt = first_come(alive_bt, free_slots(own, room))
@@ -131,7 +129,7 @@ class RecursiveBlock(nn.Module):
                 layers, index, x_btd, states.get("step_0", {}), layer_state, ctx, selection, gate_bt
             )
             kept.append(alive_bt)
-        aux = {"sums": jax.tree.map(lambda *one: jnp.stack(one), *sums)._asdict()} if sums else {}
+        aux = {"sums": jax.tree.map(lambda *one: jnp.stack(one), *sums)} if sums else {}
         return x_btd, self._states(states, ctx), _aux(aux, kept, ctx)
 
     def _token(self, x_btd, layer_state: dict, ctx: Context):
@@ -270,5 +268,4 @@ def check_recursion(config: DecoderConfig) -> None:
 def recursive_block(config: DecoderConfig, name: str) -> nn.Module:
     """``model.recursion.layers`` blocks, run several times (Mixture-of-Recursions)."""
     check_recursion(config)
-    make_block(config, config.depth.block, "block")
     return RecursiveBlock(config, name=name)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moejax.config.decoder import AROUND_OTHERS, DecoderConfig
 from moejax.objectives.base import Derived, LossSums, Objective
 
 # Logged beside the losses, each the mean over the blocks: tokens that ran of those that compete,
@@ -19,9 +20,9 @@ def with_depth(objective: Objective, model: Any) -> Objective:
 
     The losses are summed over the blocks that have them, and logged as their mean.
     """
-    depth, recursion = getattr(model, "depth", None), getattr(model, "recursion", None)
-    if depth is None or not any(kind in ("mod", "recursive") for kind in _bases(model)):
+    if not isinstance(model, DecoderConfig) or not set(AROUND_OTHERS) & _bases(model):
         return objective
+    depth, recursion = model.depth, model.recursion
     of_decisions = tuple(
         Derived(f"depth/{name}", 0.0, _Mean("sums", _Ratio(key))) for name, key in COUNTS.items()
     )
@@ -65,7 +66,7 @@ def depth_sums(aux: dict, path: str = "") -> Iterator[tuple[str, dict]]:
             yield from depth_sums(inner, here)
 
 
-def _bases(model: Any) -> set[str]:
+def _bases(model: DecoderConfig) -> set[str]:
     return {model.for_block(kind)[0] for kind in model.block_kinds()}
 
 
@@ -108,5 +109,5 @@ def _z(sums: dict[str, jax.Array]) -> jax.Array:
 
 def _steps(sums: dict[str, jax.Array]) -> jax.Array:
     """The mean number of steps of a token."""
-    steps = jnp.arange(1, sums["chosen_r"].shape[-1] + 1)
-    return (sums["chosen_r"] * steps).sum(axis=-1) / jnp.maximum(sums["count"], 1)
+    steps = jnp.arange(1, sums["chosen_r"].shape[-1] + 1, dtype=sums["chosen_r"].dtype)
+    return sums["chosen_r"] @ steps / jnp.maximum(sums["count"], 1)

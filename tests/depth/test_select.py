@@ -44,10 +44,12 @@ def test_choice_equals_sorting(share, rounding):
     competes[2] = False
     classes = np.sort(rng.integers(0, 3, (ROWS, LENGTH)), axis=1)
     for own in (np.zeros_like(classes), classes):
-        got = choose(jnp.asarray(scores), competes, share, rounding, jnp.asarray(own))
+        got = choose(*map(jnp.asarray, (scores, competes)), share, rounding, jnp.asarray(own))
         np.testing.assert_array_equal(got, plain_choice(scores, competes, share, rounding, own))
     counted = np.ones((ROWS, LENGTH), bool)
-    got = choose(jnp.asarray(scores), competes, share, rounding, counted_bt=counted)
+    got = choose(
+        *map(jnp.asarray, (scores, competes)), share, rounding, counted_bt=jnp.asarray(counted)
+    )
     expected = plain_choice(scores, competes, share, rounding, np.zeros_like(classes), counted)
     np.testing.assert_array_equal(got, expected)
 
