@@ -70,7 +70,7 @@ def _bases(model: DecoderConfig) -> set[str]:
     return {model.for_block(kind)[0] for kind in model.block_kinds()}
 
 
-def _count(sums: dict[str, jax.Array]) -> int:
+def _count(sums: dict[str, Any]) -> int:
     return sums["count"].size
 
 
@@ -79,7 +79,7 @@ class _Mean:
     """The mean over all routers of a function of one router's sums."""
 
     key: str
-    function: Callable[[dict[str, jax.Array]], jax.Array]
+    function: Callable[[dict[str, Any]], jax.Array]
 
     def __call__(self, statistics: dict[str, Any]) -> jax.Array:
         found = [one[self.key] for one in statistics["depth"].values() if self.key in one]
@@ -92,22 +92,22 @@ class _Ratio:
 
     name: str
 
-    def __call__(self, sums: dict[str, jax.Array]) -> jax.Array:
+    def __call__(self, sums: dict[str, Any]) -> jax.Array:
         return sums[self.name] / jnp.maximum(sums["count"], 1)
 
 
-def _balance(sums: dict[str, jax.Array]) -> jax.Array:
+def _balance(sums: dict[str, Any]) -> jax.Array:
     """``N sum_i f_i P_i`` of the shares and mean probabilities of N numbers of steps."""
     count = jnp.maximum(sums["count"], 1)[..., None]
     steps = sums["chosen_r"].shape[-1]
     return steps * (sums["chosen_r"] / count * sums["probs_r"] / count).sum(axis=-1)
 
 
-def _z(sums: dict[str, jax.Array]) -> jax.Array:
+def _z(sums: dict[str, Any]) -> jax.Array:
     return sums["z"] / jnp.maximum(sums["count"], 1)
 
 
-def _steps(sums: dict[str, jax.Array]) -> jax.Array:
+def _steps(sums: dict[str, Any]) -> jax.Array:
     """The mean number of steps of a token."""
     steps = jnp.arange(1, sums["chosen_r"].shape[-1] + 1, dtype=sums["chosen_r"].dtype)
     return sums["chosen_r"] @ steps / jnp.maximum(sums["count"], 1)

@@ -14,7 +14,7 @@ import sys
 import types
 
 # Importing these registers their evaluators.
-from moejax.train import denoising, likelihood, reconstruction, routing, sample_grid
+from moejax.train import denoising, depth, likelihood, reconstruction, routing, sample_grid
 
 
 class _Callable(types.ModuleType):
@@ -29,4 +29,4 @@ class _Callable(types.ModuleType):
 
 sys.modules[__name__].__class__ = _Callable
 
-__all__ = ["denoising", "likelihood", "reconstruction", "routing", "sample_grid"]
+__all__ = ["denoising", "depth", "likelihood", "reconstruction", "routing", "sample_grid"]

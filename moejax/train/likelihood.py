@@ -115,8 +115,12 @@ def _ratio(total: float, count: float) -> float:
 
 
 def _score(model, params: Any, batch: dict, kinds_v: jax.Array) -> dict[str, jax.Array]:
-    """Sums per row and kind, each [b, len(KINDS)] float32: nats, targets, correct predictions."""
     logits = model.apply({"params": params}, batch, train=False).logits
+    return score_tokens(logits, batch, kinds_v)
+
+
+def score_tokens(logits: jax.Array, batch: dict, kinds_v: jax.Array) -> dict[str, jax.Array]:
+    """Sums per row and kind, each [b, len(KINDS)] float32: nats, targets, correct predictions."""
     targets = batch["targets"]
     log_probs = jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
     nats_bt = -jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]

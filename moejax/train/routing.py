@@ -32,15 +32,15 @@ from moejax.analysis.routing import (
 )
 from moejax.analysis.routing_record import NAME, RoutingRecord
 from moejax.config.schema import Config
-from moejax.data.vocabulary import BOA, BOI, BOS, EOA, EOI, EOS
 from moejax.errors import UserError
 from moejax.objectives.routing import routings
 from moejax.routing import summarise
 from moejax.train.evaluate import EVALUATORS, EvalContext, EvalResult
 from moejax.train.routing_log import RoutingLayer, has_experts, routing_layers
+from moejax.train.rows_shown import pictures_of, pieces_of, valid_tokens
 
-# Rows and pictures of the first batch whose choices are kept.
-ROWS, PICTURES = 4, 6
+# Rows of the first batch whose choices are kept.
+ROWS = 4
 SUMMARIES = (
     "entropy",
     "margin",
@@ -50,7 +50,6 @@ SUMMARIES = (
     "experts_per_token",
 )
 ENTROPIES = ("expert_entropy", "token_entropy", "shuffled_token_entropy", "modality_entropy")
-_MARKS = {BOS: "BOS", EOS: "EOS", BOI: "BOI", EOI: "EOI", BOA: "BOA", EOA: "EOA"}
 
 
 @EVALUATORS.register("routing")
@@ -145,11 +144,6 @@ def _inner(aux: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {key: aux[key] for key in wanted}
 
 
-def valid_tokens(batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """[b, t] bool: no padding, and of a row that counts."""
-    return (batch["segments"] > 0) & (batch["weights"] > 0).any(axis=1, keepdims=True)
-
-
 def depths(recorded: Mapping[str, dict]) -> dict[str, int]:
     """How many layers lie under each name."""
     return {name: len(value["expert_ids"]) for name, value in recorded.items()}
@@ -216,58 +210,17 @@ def _rows(
     ]
     most = max(ids.shape[-1] for ids in kept)
     full = lambda ids: np.pad(ids, [(0, 0)] * 2 + [(0, most - ids.shape[-1])], constant_values=NONE)
-    pictures, places, grid = _pictures(context, {k: v[:ROWS] for k, v in batch.items()})
+    pictures, places, grid = pictures_of(context, {k: v[:ROWS] for k, v in batch.items()})
     return {
         "row_tokens": tokens,
         "row_modality": batch["modality"][:ROWS],
         "row_valid": valid[:ROWS],
-        "row_pieces": _pieces(context, tokens),
+        "row_pieces": pieces_of(context, tokens),
         "row_experts": np.stack([*map(full, kept)]),
         "pictures": pictures,
         "places": places,
         "grid": grid,
     }
-
-
-def _pieces(context: EvalContext, tokens: np.ndarray) -> np.ndarray:
-    """The text of each token; the names of marks; "" for the tokens of pictures and speech."""
-    vocabulary = context.pipeline.vocabulary
-    tokenizer = context.kept("text tokenizer", functools.partial(_text_tokenizer, context.config))
-
-    def piece(token: int) -> str:
-        ids = vocabulary.to_text_ids([token])
-        return tokenizer.decode(ids.tolist()) if len(ids) else _MARKS.get(token, "")
-
-    known = {int(token): piece(int(token)) for token in np.unique(tokens)}
-    return np.asarray([[known[int(token)] for token in row] for row in tokens])
-
-
-def _text_tokenizer(config: Config) -> Any:
-    from moejax.data.text_tokenizer import load_text_tokenizer
-
-    return load_text_tokenizer(config.data.text_tokenizer)
-
-
-def _pictures(context: EvalContext, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    """The first pictures of some rows as their tokens hold them, where they are, and their grid."""
-    from moejax.models.picture_codec import load_picture_codec
-
-    vocabulary, tokens = context.pipeline.vocabulary, batch["tokens"]
-    length = vocabulary.codes_per_image
-    places = []
-    if "image" in context.config.model.modalities:
-        for row, is_image in enumerate(vocabulary.is_image(tokens)):
-            starts = np.flatnonzero(np.diff(is_image, prepend=False) & is_image)
-            places += [(row, int(start)) for start in starts]
-    places = places[:PICTURES]
-    codec: Any = None
-    if places:
-        codec = context.kept("codec", functools.partial(load_picture_codec, context.config))
-    if codec is None:
-        return np.zeros((0, 1, 1, 3), np.uint8), np.zeros((0, 2), np.int32), np.ones(2, np.int32)
-    held = batch["latents"] if "latents" in batch else tokens - vocabulary.image_offset
-    pictures = codec.decode(np.stack([held[row, start : start + length] for row, start in places]))
-    return pictures, np.asarray(places, np.int32), np.asarray(codec.grid, np.int32)
 
 
 def _record(

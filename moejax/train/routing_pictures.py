@@ -22,7 +22,7 @@ def draw_experts(record: RoutingRecord) -> UInt8[np.ndarray, "h w 3"]:
     loads = [("all tokens", record.load())]
     loads += [(str(name), record.load(m)) for m, name in enumerate(record.modalities)]
     top = max(float(np.nanmax(load, initial=0)) for _, load in loads)
-    return _panels(loads, record.layer_names, "expert", top)
+    return panels_of(loads, record.layer_names, "expert", top)
 
 
 def draw_together(record: RoutingRecord) -> UInt8[np.ndarray, "h w 3"]:
@@ -31,10 +31,10 @@ def draw_together(record: RoutingRecord) -> UInt8[np.ndarray, "h w 3"]:
     shares = co_activation(record.together)
     panels = [(record.layer_names[i], shares[i]) for i in shown]
     rows = [f"expert {i}" for i in range(shares.shape[1])]
-    return _panels(panels, rows, "also expert", float(np.nanmax(shares[shown], initial=0)))
+    return panels_of(panels, rows, "also expert", float(np.nanmax(shares[shown], initial=0)))
 
 
-def _panels(
+def panels_of(
     panels: Sequence[tuple[str, np.ndarray]], rows: Sequence[str], columns: str, top: float
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Heat maps of one scale with their titles, in lines of ``_COLUMNS``."""

@@ -1,0 +1,61 @@
+"""Single tokens of a batch as people see them: pieces of text, pictures and where they lie."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from moejax.config.schema import Config
+from moejax.data.vocabulary import BOA, BOI, BOS, EOA, EOI, EOS
+from moejax.train.evaluate import EvalContext
+
+# Pictures of a batch that are shown.
+PICTURES = 6
+_MARKS = {BOS: "BOS", EOS: "EOS", BOI: "BOI", EOI: "EOI", BOA: "BOA", EOA: "EOA"}
+
+
+def valid_tokens(batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[b, t] bool: no padding, and of a row that counts."""
+    return (batch["segments"] > 0) & (batch["weights"] > 0).any(axis=1, keepdims=True)
+
+
+def pieces_of(context: EvalContext, tokens: np.ndarray) -> np.ndarray:
+    """The text of each token; the names of marks; "" for the tokens of pictures and speech."""
+    vocabulary = context.pipeline.vocabulary
+    tokenizer = context.kept("text tokenizer", functools.partial(_text_tokenizer, context.config))
+
+    def piece(token: int) -> str:
+        ids = vocabulary.to_text_ids([token])
+        return tokenizer.decode(ids.tolist()) if len(ids) else _MARKS.get(token, "")
+
+    known = {int(token): piece(int(token)) for token in np.unique(tokens)}
+    return np.asarray([[known[int(token)] for token in row] for row in tokens])
+
+
+def _text_tokenizer(config: Config) -> Any:
+    from moejax.data.text_tokenizer import load_text_tokenizer
+
+    return load_text_tokenizer(config.data.text_tokenizer)
+
+
+def pictures_of(context: EvalContext, batch: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    """The first pictures of some rows as their tokens hold them, where they are, and their grid."""
+    from moejax.models.picture_codec import load_picture_codec
+
+    vocabulary, tokens = context.pipeline.vocabulary, batch["tokens"]
+    length = vocabulary.codes_per_image
+    places = []
+    if "image" in context.config.model.modalities:
+        for row, is_image in enumerate(vocabulary.is_image(tokens)):
+            starts = np.flatnonzero(np.diff(is_image, prepend=False) & is_image)
+            places += [(row, int(start)) for start in starts]
+    places = places[:PICTURES]
+    codec: Any = None
+    if places:
+        codec = context.kept("codec", functools.partial(load_picture_codec, context.config))
+    if codec is None:
+        return np.zeros((0, 1, 1, 3), np.uint8), np.zeros((0, 2), np.int32), np.ones(2, np.int32)
+    held = batch["latents"] if "latents" in batch else tokens - vocabulary.image_offset
+    pictures = codec.decode(np.stack([held[row, start : start + length] for row, start in places]))
+    return pictures, np.asarray(places, np.int32), np.asarray(codec.grid, np.int32)
