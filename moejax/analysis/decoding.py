@@ -39,9 +39,14 @@ def decode_cost(
     params = abstract_params(model, config)
     length = config.data.sequence_length
     cache = jax.eval_shape(lambda p: init_cache(model, p, 1, length).rows, params)
+    slots = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(cache)
+        if path[-1] != jax.tree_util.DictKey("filled")
+    ]
     return DecodeCost(
         flops=flops.forward,
         mean_flops=flops.causal,
-        cache_bytes=sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(cache)),
+        cache_bytes=sum(math.prod(x.shape) * x.dtype.itemsize for x in slots),
         weight_bytes=table.active * jnp.dtype(config.model.dtype).itemsize,
     )

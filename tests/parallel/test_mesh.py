@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax.core import meta
 
+from moejax.config.depth import DepthConfig, RecursionConfig
 from moejax.config.moe import BalanceConfig, MoEConfig, RouterConfig, RouterLossConfig
 from moejax.config.options import Options
 from moejax.config.schema import (
@@ -26,6 +27,7 @@ from moejax.errors import UserError
 from moejax.generate.cache import init_cache, write_rows
 from moejax.models.decoder import build_decoder
 from moejax.objectives.base import Objective
+from moejax.objectives.depth import with_depth
 from moejax.objectives.next_token import next_token
 from moejax.objectives.routing import with_routing
 from moejax.parallel.mesh import batch_sharding, check_mesh, make_mesh, mesh_shape
@@ -72,7 +74,20 @@ MOE["moma"] = dataclasses.replace(
         MOE["expert_choice"].moe, allowed=((0, 1, 2, 3), (4, 5, 6, 7)), causal_router=True
     ),
 )
-KINDS = {"mot": MODEL, **MOE}
+KINDS = {
+    "mot": MODEL,
+    **MOE,
+    # Two rows compete, wherever they lie.
+    "mod": dataclasses.replace(
+        MODEL, block_pattern=("mod",), depth=DepthConfig(capacity=0.5, group=2)
+    ),
+    "mor": dataclasses.replace(
+        MODEL,
+        block_pattern=("recursive",),
+        depth=DepthConfig(gate="sigmoid", branch="whole"),
+        recursion=RecursionConfig(steps=2, router="expert", share_kv=True),
+    ),
+}
 
 
 def test_minus_one_takes_the_devices_that_are_left():
@@ -141,7 +156,8 @@ def batch_of(rows=8, length=12):
 def gradients_on(config: DecoderConfig, mesh_config: MeshConfig, devices):
     """Loss and gradients of one batch, and the parameters' shards, on a mesh."""
     model = build_decoder(config)
-    objective = with_routing(Objective(next_token(NextTokenConfig(), config)), config)
+    objective = Objective(next_token(NextTokenConfig(), config))
+    objective = with_depth(with_routing(objective, config), config)
 
     def loss(params, batch):
         outputs = model.apply({"params": params}, batch, train=True)
@@ -189,11 +205,11 @@ def check_equal_to_one_device(kind, mesh, **moe):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), gradients, other
     )
-    block = params["stack"]["segment_0"]["block_0"]
+    name, split_by = ("wi_mdf", SPLIT_BY["mot"])
     if config.moe.num_experts:
-        wi, split_by = block["moe"]["experts"]["wi_edf"], SPLIT_BY["moe"]
-    else:
-        wi, split_by = block["ffn"]["wi_mdf"], SPLIT_BY["mot"]
+        name, split_by = ("wi_edf", SPLIT_BY["moe"])
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    (wi,) = (leaf for path, leaf in leaves if path[-1].key == name)
     shards = math.prod(getattr(mesh, axis) for axis in split_by)
     assert wi.addressable_shards[0].data.size == wi.size // shards
 
@@ -202,6 +218,8 @@ def check_equal_to_one_device(kind, mesh, **moe):
     "kind, mesh, moe",
     [
         ("mot", "fsdp x tensor x sequence", {}),
+        ("mod", "fsdp x tensor x sequence", {}),
+        ("mor", "data x sequence", {}),
         ("top_k", "data x expert x tensor", {"exchange": "ring", "exchange_chunks": 2}),
     ],
 )
