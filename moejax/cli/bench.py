@@ -18,6 +18,9 @@ routing.
               einsum and torch's grouped matmul; dispatch, combine, gather, scatter (of rows and
               of tokens) and router beside a copy of the same bytes. 1 / ratio is the share of the
               dense rate, or of the bandwidth
+  decode      tokens of one sequence, one by one, by models whose tokens skip blocks (mod) or run
+              them again (mor, mor_sharing), beside a dense one of as many layers (case A); with
+              the ratio that FLOPs predict
 
 `auto` is the function that training calls. Ratios mean most on a machine that does nothing else."""
 
@@ -25,7 +28,9 @@ routing.
 def run(argv: list[str]) -> int:
     """Runs ``moejax bench`` and returns the exit code."""
     parser = command_parser("bench", _DESCRIPTION, config=False, workdir=False)
-    parser.add_argument("name", nargs="?", metavar="NAME", help="moe_layer, untied_ffn or kernels")
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="moe_layer, untied_ffn, kernels or decode"
+    )
     parser.add_argument(
         "--cases", default="", metavar="A,B", help="sizes to time (default: all but tiny)"
     )
@@ -41,10 +46,10 @@ def run(argv: list[str]) -> int:
     parser.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
     args = parser.parse(argv)
 
-    from moejax.analysis.bench import BENCHES, KERNELS, bench
+    from moejax.analysis.bench import BENCHES, DECODE, KERNELS, bench
 
     if not args.name:
-        raise UserError(f"bench: give a NAME: {', '.join((*BENCHES, KERNELS))}")
+        raise UserError(f"bench: give a NAME: {', '.join((*BENCHES, KERNELS, DECODE))}")
     rows = bench(
         args.name,
         cases=_words(args.cases),
@@ -73,5 +78,6 @@ def _table(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"{row['case']:<10}{row['skew']:<10}{row['direction']:<11}{row['implementation']:<16}"
             f"{row['ms_median']:>9.2f}  {row['ratio']:>5.2f}"
+            + (f"  (FLOPs {row['flops_ratio']:.2f})" if "flops_ratio" in row else "")
         )
     return "\n".join(lines) + "\n"

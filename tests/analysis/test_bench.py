@@ -54,6 +54,19 @@ def test_kernels_beside_a_dense_matmul(capsys):
     assert all(set(row) == KEYS and row["baseline"] == "dense_matmul" for row in rows)
 
 
+def test_decoding_beside_a_dense_model(capsys):
+    assert main(["bench", "decode", "--json", "--cases", "tiny", "--repeats", "1"]) == 0
+    rows = {row["implementation"]: row for row in json.loads(capsys.readouterr().out)}
+    assert list(rows) == ["dense", "mod", "mor", "mor_sharing"]
+    for name, row in rows.items():
+        assert set(row) == KEYS | {"tokens", "ran", "flops_ratio"}
+        assert (row["baseline"], row["direction"], row["tokens"]) == ("dense", "decode", 8)
+        assert row["flops_ratio"] < 1 or name == "dense"
+    # An eighth of 16 tokens; two thirds of the tokens, then half of those.
+    assert rows["mod"]["ran"] == pytest.approx(1 / 8, abs=0.05)
+    assert rows["mor"]["ran"] == pytest.approx((2 / 3 + 1 / 2) / 2, abs=0.1)
+
+
 @pytest.mark.parametrize("name", [*kernels.ROWS, *kernels.TOKENS, "router"])
 def test_kernels_beside_a_copy(name):
     """A copy reads and writes each of its rows: together as many as the kernel has to move."""

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.analysis.bench import kernels
+from moejax.analysis.bench import decode, kernels
 from moejax.analysis.bench.cases import (
     BENCHES,
     DIRECTIONS,
@@ -25,7 +25,7 @@ from moejax.analysis.bench.cases import (
 from moejax.errors import UserError, did_you_mean
 
 BASELINE = "dense_mlp"
-KERNELS = "kernels"
+KERNELS, DECODE = "kernels", "decode"
 
 
 def bench(
@@ -50,9 +50,11 @@ def bench(
     Raises:
       UserError: unknown bench, case, implementation or dtype, or no repeats.
     """
-    chosen = _named("bench", name, {**BENCHES, KERNELS: None})
+    chosen = _named("bench", name, {**BENCHES, KERNELS: None, DECODE: None})
     if name == KERNELS:
         return _kernel_rows(cases, implementations, repeats, dtype, say)
+    if name == DECODE:
+        return _decode_rows(cases, implementations, repeats, dtype, say)
     cases = cases or [case for case in chosen.cases if case != "tiny"]
     for case in cases:
         _named("--cases", case, chosen.cases)
@@ -100,6 +102,28 @@ def _kernel_rows(
                 rows += [
                     _row(KERNELS, case, skew, direction, name, baseline, times) for name in programs
                 ]
+    return rows
+
+
+def _decode_rows(
+    cases: Sequence[str], wanted: Sequence[str], repeats: int, dtype: str, say
+) -> list[dict[str, Any]]:
+    _check_options(dtype, repeats)
+    for case in cases:
+        _named("--cases", case, decode.CASES)
+    rows = []
+    for case in cases or [case for case in decode.CASES if case != "tiny"]:
+        known = decode.models(decode.CASES[case])
+        for name in wanted:
+            _named("--implementations", name, known)
+        say(f"{DECODE} {case}: {', '.join(known)}")
+        found = decode.programs(decode.CASES[case], dtype)
+        if wanted:
+            found = {k: v for k, v in found.items() if k in (decode.BASELINE, *wanted)}
+        times = _interleaved({name: call for name, (call, _) in found.items()}, repeats)
+        for name, (_, shares) in found.items():
+            row = _row(DECODE, case, "balanced", "decode", name, decode.BASELINE, times)
+            rows.append(row | {"tokens": decode.CASES[case].new, **shares})
     return rows
 
 
