@@ -17,9 +17,9 @@ _INK, _FAINT, _RAN = "#202020", "#b8b8b8", "#d4e6f4"
 def draw_blocks(
     share_lm: np.ndarray, names: Sequence[str], modalities: Sequence[str]
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Block x modality, the share of the tokens that ran it."""
-    columns = ", ".join(modalities)
-    return panels_of([(f"ran, of {columns}", share_lm)], names, "modality", 1.0)
+    """The share of each modality's tokens that ran each block, a panel for each modality."""
+    panels = [(f"ran, {name}", share_lm[:, m : m + 1]) for m, name in enumerate(modalities)]
+    return panels_of(panels, names, "", float(share_lm.max(initial=0)))
 
 
 def draw_tokens(

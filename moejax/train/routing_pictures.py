@@ -37,7 +37,10 @@ def draw_together(record: RoutingRecord) -> UInt8[np.ndarray, "h w 3"]:
 def panels_of(
     panels: Sequence[tuple[str, np.ndarray]], rows: Sequence[str], columns: str, top: float
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Heat maps of one scale with their titles, in lines of ``_COLUMNS``."""
+    """Heat maps of one scale with their titles, in lines of ``_COLUMNS``.
+
+    ``columns`` is what their columns are the numbers of; "": of nothing.
+    """
     top = top or 1.0
     height, width = panels[0][1].shape
     cell = int(np.clip(320 / max(height, width), 3, 22))
@@ -46,7 +49,9 @@ def panels_of(
     wide = labels + max(cell * width, 110) + _GAP
     tall = 2 * _LINE + cell * height + _GAP
     across = min(_COLUMNS, len(panels))
-    size = (wide * across + _GAP, tall * -(-len(panels) // across) + _LINE + _GAP)
+    scale = f"white: none, darkest: {top:.1%}, grey: not there"
+    least = round(font.getlength(scale)) + _GAP
+    size = (max(wide * across, least) + _GAP, tall * -(-len(panels) // across) + _LINE + _GAP)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
     for number, (title, values) in enumerate(panels):
@@ -62,8 +67,8 @@ def panels_of(
         for r in range(0, height, every):
             place = (x - 5, y + (r + 0.5) * cell)
             draw.text(place, rows[r], fill=_FAINT, font=font, anchor="rm")
-        legend = f"{columns} 0 to {width - 1}"
-        draw.text((x, y + cell * height + 3), legend, fill=_FAINT, font=font)
-    text = f"white: none, darkest: {top:.1%}, grey: not there"
-    draw.text((_GAP, size[1] - _LINE - 4), text, fill=_FAINT, font=font)
+        if columns:
+            legend = f"{columns} 0 to {width - 1}"
+            draw.text((x, y + cell * height + 3), legend, fill=_FAINT, font=font)
+    draw.text((_GAP, size[1] - _LINE - 4), scale, fill=_FAINT, font=font)
     return np.asarray(canvas)

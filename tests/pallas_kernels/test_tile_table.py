@@ -25,7 +25,7 @@ def on(chip):
     return jax.sharding.use_abstract_mesh(mesh)
 
 
-@pytest.mark.parametrize("name", ["tpu", "gpu"])
+@pytest.mark.parametrize("name", [pytest.param("tpu", marks=pytest.mark.slow), "gpu"])
 def test_the_file_is_what_the_command_writes(name, tmp_path, monkeypatch):
     """Unmeasured lines are what the kernels take without a table; a measured one stays."""
     text = tile_table.table_file(name).read_text()

@@ -219,7 +219,6 @@ def check_equal_to_one_device(kind, mesh, **moe):
     [
         ("mot", "fsdp x tensor x sequence", {}),
         ("mod", "fsdp x tensor x sequence", {}),
-        ("mor", "data x sequence", {}),
         ("top_k", "data x expert x tensor", {"exchange": "ring", "exchange_chunks": 2}),
     ],
 )
