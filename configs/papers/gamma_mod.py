@@ -8,7 +8,8 @@ attention has a low rank are turned into mixtures of depths; text always runs th
 One router of two classes for all layers but the first three and the last; its probability weighs
 the feed-forward branch, its cross-entropy learns who was chosen. Departures: trained from
 scratch; the router sees tokens normalised without the layer's own scale; positions are kept;
-only picture tokens count in the cross-entropy; one threshold of 0.5.
+only picture tokens count in the cross-entropy and are weighed; half of each picture; one
+threshold of 0.5. Without ``model.depth.room`` training computes layers for all tokens.
 Parameters of ``gamma_mod``: 2.88M, all of them active. Device, minutes, expected loss: not
 measured.
 """

@@ -15,7 +15,7 @@ Parameters of ``mod``: 2.36M, all of them active. Device, minutes, expected loss
 from moejax.config import load_config_dict
 
 ARGS = ("", "small", "predictor", "random")
-INFERRED = ("model.depth.causal_loss", "model.depth.predictor_hidden")
+INFERRED = ("model.depth.branch", "model.depth.causal_loss", "model.depth.predictor_hidden")
 
 
 def get_config(arg=""):

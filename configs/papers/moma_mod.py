@@ -6,8 +6,8 @@ FLOPs (text 3.4, image 5.3). With causal routers, as decoding needs them, it is 
     moejax train --config moma_mod       # or moma_mod:small: laptop CPU, built-in data, float32
     moejax train --config moma_mod:2.3b  # the paper's sizes: 110m 635m 2.3b, bfloat16
 
-A quarter of the tokens of a batch, by sigmoid scores, runs every second block, before the split by
-modality; more layers make up for it. Outside of training a predictor decides; experts choose as
+A quarter of the tokens of eight rows, by sigmoid scores, runs every second block, before the split
+by modality; more layers make up for it. Outside of training a predictor decides; experts choose as
 in training (``moma:aux`` has routers for that). Departures: the predictor is trained along.
 Parameters of ``moma_mod``: 7.88M in total, 2.38M active. Device, minutes, expected loss: not
 measured.
@@ -22,7 +22,12 @@ SIZES = {
     "2.3b": ("1.4b", 2304, 32, 18, 6144, 11_896_373_504, 2_383_692_032),
 }
 ARGS = ("", "small", *SIZES)
-INFERRED = ("model.depth.branch", "model.depth.causal_loss", "model.depth.gate", "model.moe.hidden")
+# fmt: off
+INFERRED = (
+    "model.depth.branch", "model.depth.causal_loss", "model.depth.gate", "model.depth.group",
+    "model.moe.hidden",
+)
+# fmt: on
 
 
 def get_config(arg=""):

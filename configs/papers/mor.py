@@ -10,7 +10,8 @@ parameters, the plain transformer 2.782 with 315M. At 135M parameters it loses.
 
 Middle-cycle: a first and a last layer, between them layers that are run three times, by all, two
 thirds, one third of the tokens. Departures: interleaved text and image codes in ``mor``; outside of
-training a causal rule decides, where the authors' code chooses among all tokens.
+training a causal rule decides, where the authors' code chooses among all tokens; routers begin
+like other weights. ``token`` computes all steps for all, unless ``model.recursion.room`` is set.
 Parameters of ``mor``: 2.36M, all of them active. Device, minutes, expected loss: not measured.
 """
 

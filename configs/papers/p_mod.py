@@ -7,7 +7,8 @@ it is as good. Text runs every layer; the share of picture tokens falls by a shi
 
 Weights 1 + 0.2 tanh(r), 1 at the beginning, multiply the feed-forward branch of tokens that run a
 layer and the whole of those that skip it. Departures: trained from scratch, codes of pictures
-are predicted too; so outside of training a predictor chooses, which the paper does not need.
+are predicted too; so outside of training a predictor chooses, which the paper does not need. The
+share is of each picture; without ``model.depth.room`` training computes layers for all tokens.
 Parameters of ``p_mod``: 2.38M, all of them active. Device, minutes, expected loss: not measured.
 """
 

@@ -7,7 +7,7 @@ passes by and is seen by later layers; language runs every layer.
 
 A frame is a run of picture tokens, each with its own best fifth, rounded up. Departures: trained
 from scratch; single pictures; their codes are predicted too, so outside of training a predictor
-chooses.
+chooses. Without ``model.depth.room`` training computes the blocks for all tokens.
 Parameters of ``videollm_mod``: 2.38M, all of them active. Device, minutes, expected loss: not
 measured.
 """
@@ -17,6 +17,7 @@ from moejax.config import load_config_dict
 ARGS = ("", "small")
 INFERRED = (
     "model.block_pattern",
+    "model.depth.branch",
     "model.depth.causal_loss",
     "model.depth.causal_rule",
     "model.depth.gate",

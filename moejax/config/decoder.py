@@ -176,6 +176,10 @@ class DecoderConfig:
         cycled = tuple(period[i % len(period)] for i in range(middle))
         return self.first_blocks + cycled + self.last_blocks
 
+    def base_kinds(self) -> set[str]:
+        """The kinds of its blocks without what follows their names."""
+        return {kind.partition(":")[0] for kind in self.block_kinds()}
+
     def for_block(self, kind: str) -> tuple[str, "DecoderConfig"]:
         """The name of a kind of block, and the config that the rest of it makes of this one.
 
@@ -202,6 +206,8 @@ class DecoderConfig:
         changes: dict[str, Any] = {}
         first, _, after = rest.partition(":")
         if first[:1].isdecimal():
+            mod = kind.partition(":")[0] == "mod"
+            require(mod, "model.block_pattern", f"{kind!r}: only 'mod' has a capacity")
             try:
                 changes["capacity"] = float(first)
             except ValueError:

@@ -76,6 +76,21 @@ class DepthConfig:
             "model.depth.capacity",
             f"must be in (0, 1], got {self.capacity}",
         )
+        require(
+            self.within != "run" or self.modality != "",
+            "model.depth.within",
+            "'run' is about tokens of one modality; name it in model.depth.modality",
+        )
+        require(
+            self.gate_on == "block" or self.branch == "delta",
+            "model.depth.branch",
+            "is 'delta' where model.depth.gate_on is 'ffn'",
+        )
+        require(
+            not self.random_choice or self.causal_rule == "none",
+            "model.depth.causal_rule",
+            "is 'none' where tokens are chosen at random (model.depth.random_choice)",
+        )
         require(0 <= self.room <= 1, "model.depth.room", f"must be in [0, 1], got {self.room}")
         require(
             self.eval_room == 0 or (self.eval_room >= 1 and not self.modality),
@@ -128,6 +143,16 @@ class RecursionConfig:
             value = getattr(self, name)
             require(value > 0, f"model.recursion.{name}", f"must be positive, got {value}")
         require_one_of(self.router, ("none", "expert", "token"), "model.recursion.router")
+        require(
+            not self.capacities or self.router == "expert",
+            "model.recursion.capacities",
+            "are of model.recursion.router='expert'",
+        )
+        require(
+            (not self.room and not self.gate_steps) or self.router == "token",
+            "model.recursion.room",
+            "and gate_steps are of model.recursion.router='token'",
+        )
         shares = self.shares
         require(
             len(shares) == self.steps,

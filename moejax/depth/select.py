@@ -68,7 +68,12 @@ def choose(
         counts_bt = end_bt - start_bt
     else:
         counts_bt = counted_bt.sum(axis=1, keepdims=True)
-    places_bt = _numbers(share, counts_bt, rounding)
+    if isinstance(share, float):
+        # As Python rounds, which is how much room there is.
+        table = jnp.asarray([number_of(share, count, rounding) for count in range(t + 1)])
+        places_bt = table[counts_bt]
+    else:
+        places_bt = _numbers(share, counts_bt, rounding)
     taken = (position_bt - start_bt < places_bt) & (sorted_class < last)
     row_b1 = jnp.arange(b)[:, None]
     return jnp.zeros((b, t), bool).at[row_b1, order_bt].set(taken, unique_indices=True)
@@ -105,7 +110,11 @@ def select(
     return Selection(index_bc, jnp.take_along_axis(kept_bt, index_bc, axis=1))
 
 
-def runs_of(inside_bt: Bool[Array, "b t"]) -> Int[Array, "b t"]:
-    """The number of the run of consecutive tokens ``inside``, from 1 on; 0 outside."""
+def runs_of(inside_bt: Bool[Array, "b t"], segments_bt: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """The number of the run of consecutive tokens ``inside``, from 1 on; 0 outside.
+
+    A run ends where a segment does.
+    """
     before = jnp.pad(inside_bt[:, :-1], ((0, 0), (1, 0)))
-    return jnp.where(inside_bt, jnp.cumsum(inside_bt & ~before, axis=1), 0)
+    other = jnp.diff(segments_bt, axis=1, prepend=segments_bt[:, :1]) != 0
+    return jnp.where(inside_bt, jnp.cumsum(inside_bt & (~before | other), axis=1), 0)

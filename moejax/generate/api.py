@@ -119,12 +119,24 @@ def sampler_of(loaded: Any) -> Sampler:
     )
 
 
+def _skips_tokens(model: Any) -> bool:
+    return "mod" in model.base_kinds() or (
+        "recursive" in model.base_kinds() and model.recursion.router == "expert"
+    )
+
+
 def check_can_sample(config: Config) -> None:
     """UserError unless the model of ``config`` writes sequences of text and image tokens."""
     if config.data.format != "tokens":
         raise UserError(
             f"model.name={config.model.name}: cannot be sampled from; sample needs a model of "
             "sequences (data.format=tokens)"
+        )
+    depth = getattr(config.model, "depth", None)
+    if depth is not None and depth.causal_rule == "none" and _skips_tokens(config.model):
+        raise UserError(
+            "model.depth.causal_rule='none': sees later tokens, which are not written yet; sample "
+            "needs 'router', 'predictor' or 'threshold'"
         )
     if "image" not in config.model.modalities:
         raise UserError(f"model.modalities={config.model.modalities}: sample needs 'image'")

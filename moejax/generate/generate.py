@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Bool, Float, Int32
 
+from moejax.config.decoder import DecoderConfig
 from moejax.data.vocabulary import BOI, KINDS, PAD, PATCH, Vocabulary
 from moejax.generate.cache import KVCache, init_cache, write_rows
 from moejax.generate.grammar import (
@@ -150,9 +151,17 @@ def prefill(
         picture_bt = jnp.cumsum(tokens_bt == BOI, axis=1)
         batch["image_id"] = jnp.where(tokens_bt == PATCH, picture_bt, 0).astype(jnp.int32)
         batch["latents"] = latents_btz
-    out = model.apply({"params": params}, batch, train=False)
+    # Models of other packages need not know the length of a row.
+    known = {"row_length": capacity} if depth_room(model) else {}
+    out = model.apply({"params": params}, batch, train=False, **known)
     cache = write_rows(init_cache(model, params, b, capacity), out.rows, length_b)
     return out.logits[jnp.arange(b), length_b - 1], cache
+
+
+def depth_room(model: Any) -> bool:
+    """Whether some block of a model has room for some of a row's tokens only."""
+    config: Any = getattr(model, "config", None)
+    return isinstance(config, DecoderConfig) and config.depth.eval_room > 0
 
 
 def decode(

@@ -73,6 +73,7 @@ class Decoder(nn.Module):
         cache: dict | None = None,
         step: jax.Array | None = None,
         record: bool = False,
+        row_length: int | None = None,
     ) -> DecoderOutput:
         """Logits of the next token after each token.
 
@@ -85,6 +86,8 @@ class Decoder(nn.Module):
             slots for t and how many of them are in use.
           step: of the training run, [] i32, for what changes in the course of it.
           record: give each token's experts, weights and logits in ``aux``.
+          row_length: tokens that a row is going to have, where these are its first ones, for
+            blocks that have room for some of them (``model.depth.eval_room``).
         """
         cfg = self.config
         dtype = compute_dtype(cfg)
@@ -119,6 +122,7 @@ class Decoder(nn.Module):
             step=step,
             train=train,
             record=record,
+            row_length=row_length,
         )
         x_btd = constrain_tokens(x_btd)
         x_btd, rows, aux = Stack(cfg, name="stack")(x_btd, cache or {}, ctx)

@@ -18,7 +18,8 @@ class Context(struct.PyTreeNode):
     several layers share, of which this is number ``pool_index``; ``depth_router`` those of a
     router of all blocks that skip tokens. ``ffn_gate_bt`` multiplies what a block's feed-forward
     branch adds. With ``record``, blocks give what they decided for each token in their aux; with
-    ``keep_rows`` keys and values, in training too.
+    ``keep_rows`` keys and values, in training too. ``layer`` is the number of the block;
+    ``row_length`` how many tokens a row is going to have, where these are the first of it.
     """
 
     tokens_bt: jax.Array
@@ -38,3 +39,5 @@ class Context(struct.PyTreeNode):
     train: bool = struct.field(pytree_node=False, default=False)
     record: bool = struct.field(pytree_node=False, default=False)
     keep_rows: bool = struct.field(pytree_node=False, default=False)
+    layer: jax.Array | int = 0
+    row_length: int | None = struct.field(pytree_node=False, default=None)

@@ -63,9 +63,13 @@ class RouterWeights(nn.Module):
 
 
 class Scores(nn.Module):
-    """The score of each token, and that by which it is decided without later tokens in sight."""
+    """The score of each token, and that by which it is decided without later tokens in sight.
+
+    Where nothing is to be decided both are the same.
+    """
 
     config: DecoderConfig
+    decides: bool = True
 
     @nn.compact
     def __call__(self, x_btd: jax.Array, ctx: Context) -> tuple[jax.Array, jax.Array]:
@@ -82,7 +86,7 @@ class Scores(nn.Module):
         if bias_k is not None:
             logits = logits + bias_k[None, None]
         score_bt = logits[..., 1] - logits[..., 0] if depth.gate == "softmax" else logits[..., 0]
-        if depth.causal_rule != "predictor":
+        if depth.causal_rule != "predictor" or not self.decides:
             return score_bt, score_bt
         width = depth.predictor_hidden or cfg.d_model // 2
         wi_df = self.param(
@@ -111,23 +115,27 @@ class DepthBlock(nn.Module):
     def __call__(self, x_btd: jax.Array, carry: dict, layer_state: dict, ctx: Context):
         cfg, depth = self.config, self.config.depth
         b, t, _ = x_btd.shape
-        score_bt, decision_bt = Scores(cfg, name="router")(x_btd, ctx)
+        scores = Scores(cfg, decides=depth.capacity < 1, name="router")
+        score_bt, decision_bt = scores(x_btd, ctx)
         competes_bt = ctx.valid_bt
         if depth.modality:
             competes_bt &= ctx.modality_bt == cfg.modalities.index(depth.modality)
-        chosen_bt, sums = decide(
-            depth,
-            decision_bt,
-            competes_bt,
-            lambda: self._choose(score_bt, competes_bt, ctx),
-            ctx,
-            cached=is_cached(layer_state),
-        )
+        chosen_bt, sums = competes_bt, {}
+        if depth.capacity < 1:
+            chosen_bt, sums = decide(
+                depth,
+                decision_bt,
+                competes_bt,
+                lambda: self._choose(score_bt, competes_bt, ctx),
+                ctx,
+                cached=is_cached(layer_state),
+            )
         protected_bt = ctx.valid_bt & ~competes_bt
         kept_bt = chosen_bt | protected_bt
-        room = self._room(b, t, ctx)
-        if not ctx.train:
-            kept_bt = first_come(kept_bt, free_slots(layer_state, room))
+        if ctx.train:
+            room = training_room(depth, together(depth, b) * t)
+        else:
+            kept_bt, room = find_room(depth, depth.capacity, kept_bt, layer_state, ctx)
         gate_bt = jnp.where(competes_bt, gate_of(depth.gate, score_bt, depth.gate_scale), 1)
         rows = together(depth, b) if ctx.train else 1
         fold = lambda value: value.reshape(b // rows, rows * t, *value.shape[2:])
@@ -157,11 +165,17 @@ class DepthBlock(nn.Module):
         if depth.warmup_steps and ctx.train and ctx.step is not None:
             share = warmed_up(share, ctx.step, depth.warmup_steps)
         if depth.random_choice:
-            key = jax.random.key(0) if ctx.rng is None else jax.random.fold_in(ctx.rng, _DRAW)
+            key = jax.random.fold_in(jax.random.key(0), ctx.layer)
+            if ctx.rng is not None:
+                key = jax.random.fold_in(ctx.rng, _DRAW)
             score_bt = jax.random.uniform(key, score_bt.shape)
         class_bt = None
         if depth.within != "row":
-            own = ctx.segments_bt if depth.within == "segment" else runs_of(competes_bt)
+            own = (
+                ctx.segments_bt
+                if depth.within == "segment"
+                else runs_of(competes_bt, ctx.segments_bt)
+            )
             # Of each row of the batch its own, also where rows compete with each other.
             class_bt = own + (t + 1) * jnp.arange(b)[:, None]
             class_bt = class_bt.reshape(b // rows, rows * t)
@@ -174,15 +188,6 @@ class DepthBlock(nn.Module):
             class_bt,
         )
         return chosen.reshape(b, t)
-
-    def _room(self, b: int, t: int, ctx: Context) -> int:
-        """Tokens of a row (in training, of all rows that compete) that the block has room for."""
-        depth = self.config.depth
-        if not ctx.train:
-            if not depth.eval_room or ctx.record:
-                return t
-            return min(t, number_of(min(1.0, depth.eval_room * depth.capacity), t, "up"))
-        return training_room(depth, together(depth, b) * t)
 
 
 def decide(
@@ -197,7 +202,7 @@ def decide(
     """Who runs a block [b, t], and how well that can be told without later tokens in sight.
 
     ``with_sight`` chooses as in training. The sums of :class:`moejax.depth.DecisionSums` are not
-    there in decoding, which has no more than one token at a time.
+    there where earlier tokens are in a cache, and not in sight.
     """
     as_trained = ctx.train or depth.causal_rule == "none"
     told_bt = competes_bt & (jax.nn.sigmoid(decision_bt) > depth.threshold)
@@ -206,6 +211,24 @@ def decide(
     chosen_bt = with_sight()
     sums = decision_sums(decision_bt, chosen_bt, competes_bt, depth.threshold)
     return (chosen_bt if as_trained else told_bt), sums._asdict()
+
+
+def find_room(
+    depth: DepthConfig, share: float, wanted_bt: jax.Array, layer_state: dict, ctx: Context
+) -> tuple[jax.Array, int]:
+    """Who of those that want to run a block finds room outside of training, and the places.
+
+    It depends on how many came before in the whole row, not on how many are read at once.
+    """
+    t = wanted_bt.shape[1]
+    row = max(t, ctx.row_length or 0)
+    limit = row
+    if depth.eval_room:
+        limit = min(row, number_of(min(1.0, depth.eval_room * share), row, "up"))
+    cached = is_cached(layer_state)
+    kept_bt = first_come(wanted_bt, free_slots(layer_state, limit))
+    # What is recorded is of each token.
+    return kept_bt, t if cached or ctx.record else min(t, limit)
 
 
 def _recorded(sums: dict[str, jax.Array], kept_bt: jax.Array, ctx: Context) -> dict[str, Any]:
@@ -312,7 +335,7 @@ def run_selected(
     update_bcd = after - before if depth.branch == "delta" else after
     base = x_btd
     if weighed_bt is not None:
-        kept_bt = _everywhere(kept_bc, index_bc, x_btd.shape[1])
+        kept_bt = who_runs(selection, x_btd.shape[1])
         skips_bt = weighed_bt & ~kept_bt
         base = jnp.where(skips_bt[..., None], x_btd * gate_bt[..., None].astype(x_btd.dtype), x_btd)
     out = scatter_tokens(base, update_bcd, index_bc, weight_bc)
@@ -331,7 +354,9 @@ def _few(value: jax.Array, index_bc: jax.Array) -> jax.Array:
     return jnp.take_along_axis(value, index, axis=1)
 
 
-def _everywhere(kept_bc, index_bc, t: int):
+def who_runs(selection: Selection, t: int) -> jax.Array:
+    """[b, t]: the tokens of a selection that are kept."""
+    index_bc, kept_bc = selection
     row_b1 = jnp.arange(kept_bc.shape[0])[:, None]
     kept_bt = jnp.zeros((kept_bc.shape[0], t), bool)
     return kept_bt.at[row_b1, index_bc].set(kept_bc, unique_indices=True)
@@ -386,6 +411,11 @@ def check_depth(config: DecoderConfig) -> None:
         depth.gate_on == "block" or inner in _ONE_FFN,
         "model.depth.gate_on",
         f"'ffn' needs a block with one feed-forward layer, not {depth.block!r}",
+    )
+    require(
+        not (depth.eval_room and config.latents.channels),
+        "model.depth.eval_room",
+        "is 0 where pictures are latents, which are denoised beside the cache",
     )
     if depth.modality:
         require_one_of(depth.modality, config.modalities, "model.depth.modality")

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from moejax import axes
 from moejax.config.checks import require
-from moejax.config.depth import RecursionConfig
+from moejax.config.depth import DepthConfig, RecursionConfig
 from moejax.config.schema import DecoderConfig
-from moejax.depth import choose, first_come, gate_of, number_of, select
+from moejax.depth import choose, gate_of, number_of, select
 from moejax.nn.block import BLOCKS
 from moejax.nn.context import Context
-from moejax.nn.depth import Scores, decide, free_slots, is_cached, run_selected
+from moejax.nn.depth import Scores, decide, find_room, is_cached, run_selected, who_runs
 from moejax.nn.layers import fan_in_normal, param_dtype, partitioned
 from moejax.nn.stack import Stack
 
@@ -102,11 +102,11 @@ class RecursiveBlock(nn.Module):
 
     def _expert(self, x_btd, layer_state: dict, ctx: Context):
         cfg, depth, recursion = self.config, self.config.depth, self.config.recursion
-        t = x_btd.shape[1]
         layers, states, sums, kept = self._layers(), {}, [], []
         alive_bt = ctx.valid_bt
         for index, share in enumerate(recursion.shares):
-            score_bt, decision_bt = Scores(cfg, name=f"router_{index}")(x_btd, ctx)
+            scores = Scores(cfg, decides=share < 1, name=f"router_{index}")
+            score_bt, decision_bt = scores(x_btd, ctx)
             own = layer_state.get(f"step_{index}", {})
             if share < 1:
                 with_sight = functools.partial(
@@ -120,9 +120,7 @@ class RecursiveBlock(nn.Module):
                 cached = is_cached(layer_state)
                 alive_bt, one = decide(depth, decision_bt, alive_bt, with_sight, ctx, cached=cached)
                 sums += [one] if one else []
-            room = self._room(index, t, ctx)
-            if not ctx.train:
-                alive_bt = first_come(alive_bt, free_slots(own, room))
+            alive_bt, room = self._room(index, alive_bt, own, ctx)
             selection = select(alive_bt, room, score_bt)
             gate_bt = gate_of(depth.gate, score_bt, depth.gate_scale)
             x_btd, states[f"step_{index}"] = self._step(
@@ -150,11 +148,11 @@ class RecursiveBlock(nn.Module):
         alive_bt = ctx.valid_bt
         for index in range(recursion.steps):
             alive_bt = alive_bt & (steps_bt > index)
-            room = self._room(index, t, ctx)
-            if not ctx.train:
-                own = layer_state.get(f"step_{index}", {})
-                alive_bt = first_come(alive_bt, free_slots(own, room))
+            own = layer_state.get(f"step_{index}", {})
+            alive_bt, room = self._room(index, alive_bt, own, ctx)
             selection = select(alive_bt, room, weight_bt)
+            # Who finds no room is done.
+            alive_bt = who_runs(selection, t)
             x_btd, states[f"step_{index}"] = self._step(
                 layers,
                 index,
@@ -174,13 +172,13 @@ class RecursiveBlock(nn.Module):
         aux = {"recursion": recursion_sums(logits, steps_bt, ctx.valid_bt)}
         return x_btd, self._states(states, ctx), _aux(aux, kept, ctx)
 
-    def _room(self, index: int, t: int, ctx: Context) -> int:
-        """Tokens of a row that a step has room for."""
+    def _room(self, index: int, wanted_bt, layer_state: dict, ctx: Context):
+        """Who finds room in a step, and its places."""
         cfg = self.config
         if ctx.train:
-            return training_room(cfg, index, t)
-        share, over = _share(cfg.recursion, index), cfg.depth.eval_room
-        return t if ctx.record else _times(over, share, t)
+            return wanted_bt, training_room(cfg, index, wanted_bt.shape[1])
+        share = _share(cfg.recursion, index)
+        return find_room(cfg.depth, share, wanted_bt, layer_state, ctx)
 
 
 def training_room(config: DecoderConfig, index: int, length: int) -> int:
@@ -189,7 +187,10 @@ def training_room(config: DecoderConfig, index: int, length: int) -> int:
     if recursion.router == "none":
         return length
     if recursion.router == "token":
-        return _times(recursion.room, share, length)
+        room = recursion.room
+        if not room:
+            return length
+        return min(length, number_of(min(1.0, room * share), length, "up"))
     return max(1, number_of(share, length, config.depth.rounding))
 
 
@@ -198,10 +199,6 @@ def _share(recursion: RecursionConfig, index: int) -> float:
     if recursion.router == "expert":
         return recursion.shares[index]
     return (recursion.steps - index) / recursion.steps
-
-
-def _times(over: float, share: float, length: int) -> int:
-    return min(length, number_of(min(1.0, over * share), length, "up")) if over else length
 
 
 class _Layers(nn.Module):
@@ -257,6 +254,18 @@ def check_recursion(config: DecoderConfig) -> None:
         f"{config.depth.block!r} cannot be run several times by model.recursion; untied or dense",
     )
     recursion: RecursionConfig = config.recursion
+    unused = ("group", "within", "modality", "room", "weigh_skipped", "warmup_steps")
+    for name in (*unused, "random_choice", "router_shared"):
+        require(
+            getattr(config.depth, name) == getattr(DepthConfig, name),
+            f"model.depth.{name}",
+            "is of 'mod', not of 'recursive'; leave it as it is by default",
+        )
+    require(
+        not (config.depth.eval_room and recursion.share_kv),
+        "model.depth.eval_room",
+        "is 0 where later steps have no keys of their own (model.recursion.share_kv)",
+    )
     require(
         recursion.router != "expert" or config.depth.gate_on == "block",
         "model.depth.gate_on",

@@ -67,7 +67,7 @@ class Period(nn.Module):
         for i, kind in enumerate(self.kinds):
             name = f"block_{i}"
             rng = None if ctx.rng is None else jax.random.fold_in(ctx.rng, layer_index + i)
-            own = ctx.replace(rng=rng, pool=pool, pool_index=i)
+            own = ctx.replace(rng=rng, pool=pool, pool_index=i, layer=layer_index + i)
             block = make_block(self.config, kind, name)
             with jax.named_scope(kind):
                 x, carry, states[name], auxes[name] = block(
@@ -94,7 +94,7 @@ class Stack(nn.Module):
     def __call__(self, x_btd: jax.Array, layer_state: dict, ctx: Context):
         """Returns (x, new layer_state, aux); both dicts are keyed by segment, leaves [l, ...]."""
         new_state, aux, carry = {}, {}, {}
-        if self.config.depth.router_shared and ctx.depth_router is None:
+        if self.config.depth.router_shared and "mod" in self.config.base_kinds():
             ctx = ctx.replace(depth_router=RouterWeights(self.config, name="depth_router")())
         # Layer state and index are sliced, the context is not; Linen's annotation says "int".
         in_axes: Any = (0, 0, nn.broadcast)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from moejax.config.decoder import AROUND_OTHERS, DecoderConfig
 from moejax.objectives.base import Derived, LossSums, Objective
 
-# Logged beside the losses, each the mean over the blocks: tokens that ran of those that compete,
-# tokens that the causal rule would take, and those of which it says what was chosen.
-COUNTS = {"ran": "chosen", "decided": "decided", "agreement": "agreeing"}
+# Logged beside the losses, each the mean over the blocks: tokens that were chosen of those that
+# compete, tokens that the causal rule would take, and those of which it says what was chosen.
+COUNTS = {"chosen": "chosen", "decided": "decided", "agreement": "agreeing"}
 
 
 def with_depth(objective: Objective, model: Any) -> Objective:
@@ -20,7 +20,7 @@ def with_depth(objective: Objective, model: Any) -> Objective:
 
     The losses are summed over the blocks that have them, and logged as their mean.
     """
-    if not isinstance(model, DecoderConfig) or not set(AROUND_OTHERS) & _bases(model):
+    if not isinstance(model, DecoderConfig) or not set(AROUND_OTHERS) & model.base_kinds():
         return objective
     depth, recursion = model.depth, model.recursion
     of_decisions = tuple(
@@ -64,10 +64,6 @@ def depth_sums(aux: dict, path: str = "") -> Iterator[tuple[str, dict]]:
             yield path, {key: sums for key, sums in inner.items() if key != "kept"}
         else:
             yield from depth_sums(inner, here)
-
-
-def _bases(model: DecoderConfig) -> set[str]:
-    return {model.for_block(kind)[0] for kind in model.block_kinds()}
 
 
 def _count(sums: dict[str, Any]) -> int:

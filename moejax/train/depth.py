@@ -8,7 +8,8 @@ Numbers, under ``depth/``:
   causality: mistakes of the rule, and what training's choices tell of later tokens;
 * ``agreement``: tokens for which the rule says what training's choice would have been;
   ``chosen``: tokens that training's choice takes; both over tokens that compete, all blocks;
-* ``ran``: tokens that ran, of all tokens and all blocks that can be skipped; ``<modality>/ran``.
+* ``ran``: tokens that ran, of all tokens and all such blocks (steps; the first, which all run,
+  too); ``<modality>/ran``.
 
 It draws the share that ran each block by modality, and single pictures and words with the tokens
 that skipped a block faded.
@@ -22,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax.config.decoder import AROUND_OTHERS, DecoderConfig
+from moejax.config.decoder import DecoderConfig
 from moejax.config.schema import Config
 from moejax.errors import UserError
 from moejax.objectives.depth import depth_sums
@@ -101,12 +102,11 @@ def depth(context: EvalContext) -> EvalResult:
 def check(config: Config) -> None:
     """UserError unless tokens can skip a block of the model."""
     model = config.model
-    if not isinstance(model, DecoderConfig) or not set(AROUND_OTHERS) & {
-        model.for_block(kind)[0] for kind in model.block_kinds()
-    }:
+    kinds = model.base_kinds() if isinstance(model, DecoderConfig) else set()
+    if not ("mod" in kinds or ("recursive" in kinds and model.recursion.router != "none")):
         raise UserError(
             "eval.metrics: 'depth' needs a block that tokens can skip; leave it out, or name 'mod' "
-            "or 'recursive' in model.block_pattern"
+            "(or 'recursive', with a model.recursion.router) in model.block_pattern"
         )
     if jax.process_count() > 1:
         raise UserError("eval.metrics: 'depth' runs on one host; leave it out, and use moejax eval")

@@ -54,6 +54,14 @@ def test_choice_equals_sorting(share, rounding):
     np.testing.assert_array_equal(got, expected)
 
 
+def test_as_many_are_taken_as_there_is_room_for():
+    everyone = jnp.ones((1, 5140), bool)
+    scores = jnp.arange(5140.0)[None]
+    for share, rounding in ((0.65, "down"), (0.6, "up"), (0.125, "down")):
+        taken = choose(scores, everyone, share, rounding).sum()
+        assert int(taken) == number_of(share, 5140, rounding)
+
+
 def test_share_of_a_training_step_chooses_alike():
     scores = jnp.asarray(np.random.default_rng(1).normal(size=(ROWS, LENGTH)), jnp.float32)
     everyone = jnp.ones((ROWS, LENGTH), bool)
@@ -85,7 +93,10 @@ def test_first_come_and_runs():
         first_come(wanted, 2), [[True, False, True, False], [False, True, False, True]]
     )
     inside = jnp.array([[True, True, False, True, False, True, True]])
-    np.testing.assert_array_equal(runs_of(inside), [[1, 1, 0, 2, 0, 3, 3]])
+    one = jnp.ones_like(inside, jnp.int32)
+    np.testing.assert_array_equal(runs_of(inside, one), [[1, 1, 0, 2, 0, 3, 3]])
+    two = one.at[:, 1:].set(2)
+    np.testing.assert_array_equal(runs_of(inside, two), [[1, 2, 0, 3, 0, 4, 4]])
 
 
 def test_gates_by_hand():

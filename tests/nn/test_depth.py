@@ -179,7 +179,8 @@ def test_each_run_of_pictures_has_its_own_share():
     config = decoder(depth={"modality": "image", "within": "run", "rounding": "up"})
     block = Block(config)
     modality = np.array([[0, 1, 1, 1, 0, 0, 1, 1, 1, 1, 0, 0], [1] * 5 + [0] * 2 + [1] * 5])
-    ctx = block.ctx.replace(modality_bt=jnp.asarray(modality))
+    one = jnp.ones((ROWS, LENGTH), jnp.int32)
+    ctx = block.ctx.replace(modality_bt=jnp.asarray(modality), segments_bt=one)
     ran = changed(block(ctx=ctx), block.x) & (modality == 1)
     frames = [ran[0, 1:4], ran[0, 6:10], ran[1, :5], ran[1, 7:]]
     assert [int(frame.sum()) for frame in frames] == [2, 2, 3, 3]
@@ -201,10 +202,13 @@ def test_rows_that_compete_depend_on_each_other_and_others_do_not():
         both = changed(block(), block.x)
         assert both.sum() == LENGTH
         assert np.array_equal(first, second) == (group == 1)
-    # Their tokens still do not see each other.
-    only = block.x.at[1].set(0.0)
-    again = block(x=only.at[1].add(1e-9 * block.x[1]))
-    np.testing.assert_allclose(again[0], block(x=only)[0], atol=1e-6)
+
+
+def test_tokens_of_rows_that_compete_do_not_see_each_other():
+    block = Block(decoder(depth={"group": 2, "capacity": 1.0, "gate": "none"}))
+    other = block(x=block.x.at[1].multiply(3.0))
+    np.testing.assert_allclose(other[0], block()[0], atol=1e-6)
+    np.testing.assert_allclose(block(), block.inner(block.x, block.ctx), atol=1e-5)
 
 
 def test_skipped_tokens_are_weighed_where_asked():
@@ -254,7 +258,9 @@ def model_of(name: str):
         "router": decoder(("untied", "mod")),
         "predictor": decoder(("untied", "mod"), {"causal_rule": "predictor"}),
         "threshold": decoder(("untied", "mod"), {"causal_rule": "threshold"}),
-        "room": decoder(("untied", "mod"), {"eval_room": 2.0}),
+        "room": decoder(
+            ("untied", "mod"), {"capacity": 0.25, "eval_room": 1.0, "router_bias": True}
+        ),
         "experts": decoder(("mod:moe", "untied"), moe=MoEConfig(num_experts=2, top_k=1, hidden=16)),
         "expert": decoder(
             ("recursive",), EXPERT, {"steps": 3, "layers": 2, "router": "expert"}, **ends
@@ -269,7 +275,12 @@ def model_of(name: str):
     }
     model = build_decoder(configs[name])
     shapes = jax.eval_shape(model.init, jax.random.key(0), whole_rows())
-    return model, draw(shapes["params"])
+    params = draw(shapes["params"])
+    if name == "room":
+        # More want to run the block than there is room for.
+        own = params["stack"]["segment_0"]["block_1"]["router"]["own"]
+        own["bias_k"] = jnp.full_like(own["bias_k"], 2.0)
+    return model, params
 
 
 def whole_rows() -> dict:
@@ -308,7 +319,8 @@ def test_prefill_and_decoding_equal_the_full_forward(name):
     batch, known = whole_rows(), 5
     full = jax.jit(lambda b: model.apply({"params": params}, b).logits)(batch)
     part = lambda a, z: {key: value[:, a:z] for key, value in batch.items() if key != "weights"}
-    rows = jax.jit(lambda b: model.apply({"params": params}, b).rows)(part(0, known))
+    prefill = jax.jit(lambda b: model.apply({"params": params}, b, row_length=LENGTH).rows)
+    rows = prefill(part(0, known))
     cache = init_cache(model, params, ROWS, LENGTH)
     cache = write_rows(cache, rows, jnp.full((ROWS,), known))
     step = jax.jit(lambda b, c: model.apply({"params": params}, b, cache=c))
@@ -328,7 +340,7 @@ def test_prefill_and_decoding_equal_the_full_forward(name):
         assert any(np.ptp(leaf) > 0 for leaf in filled)
     if name == "room":
         slots = {leaf.shape[-3] for leaf in jax.tree.leaves(cache.rows) if leaf.ndim == 5}
-        assert slots == {LENGTH}
+        assert slots == {LENGTH, 3}
 
 
 def test_a_cache_that_is_full_skips_the_block():
@@ -382,14 +394,31 @@ def test_losses_and_counts_of_the_routers():
     np.testing.assert_array_equal(sums["chosen"], [[16, 8]])
     nats = np.asarray(sums["cross_entropy"] / sums["count"])
     assert values["depth/causal"] == pytest.approx(nats.mean(), rel=1e-5)
-    assert values["depth/ran"] == pytest.approx((16 / 24 + 8 / 16) / 2)
+    assert values["depth/chosen"] == pytest.approx((16 / 24 + 8 / 16) / 2)
     coefficients = {term.name: term.coefficient for term in losses.derived}
     assert coefficients["depth/causal"] == pytest.approx(2 * model.config.depth.causal_loss)
     assert coefficients["depth/agreement"] == 0
 
 
 def test_configs_that_cannot_be():
+    for recursion, message in (
+        ({"steps": 2, "router": "token", "capacities": (1.0, 0.5)}, "capacities: are of"),
+        ({"steps": 2, "router": "expert", "room": 0.5}, "room: and gate_steps are of"),
+    ):
+        with pytest.raises(UserError, match=f"model.recursion.{message}"):
+            decoder(recursion=recursion)
+    for changes, message in (
+        ({"depth": {"group": 2}}, "model.depth.group: is of 'mod', not of 'recursive'"),
+        ({"depth": {"block": "moe"}}, "model.depth.block: 'moe' cannot be run several times"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_decoder(decoder(("recursive",), moe=MoEConfig(num_experts=2), **changes))
+    with pytest.raises(UserError, match="only 'mod' has a capacity"):
+        build_decoder(decoder(("recursive:0.5",)))
     for depth, message in (
+        ({"within": "run"}, "model.depth.within: 'run' is about tokens of one modality"),
+        ({"gate_on": "ffn", "branch": "whole"}, "model.depth.branch: is 'delta' where"),
+        ({"random_choice": True}, "model.depth.causal_rule: is 'none' where tokens are chosen at"),
         ({"capacity": 1.5}, r"model.depth.capacity: must be in \(0, 1\], got 1.5"),
         ({"block": "mod"}, "model.depth.block: 'mod' is itself about other blocks"),
         ({"gate": "relu"}, "model.depth.gate: "),
@@ -402,6 +431,6 @@ def test_configs_that_cannot_be():
     with pytest.raises(UserError, match="'0.x' is no number"):
         decoder(("mod:0.x:untied",)).for_block("mod:0.x:untied")
     with pytest.raises(UserError, match="model.recursion.capacities: needs one share for each"):
-        decoder(recursion={"steps": 3, "capacities": (1.0, 0.5)})
+        decoder(recursion={"steps": 3, "router": "expert", "capacities": (1.0, 0.5)})
     with pytest.raises(UserError, match="model.recursion.capacities: must not rise"):
-        decoder(recursion={"steps": 2, "capacities": (0.5, 1.0)})
+        decoder(recursion={"steps": 2, "router": "expert", "capacities": (0.5, 1.0)})

@@ -66,7 +66,9 @@ def models(case: DecodeCase) -> dict[str, DecoderConfig]:
         ),
         "mor": mor,
         "mor_sharing": dataclasses.replace(
-            mor, recursion=dataclasses.replace(steps, share_kv=True)
+            mor,
+            recursion=dataclasses.replace(steps, share_kv=True),
+            depth=dataclasses.replace(_MOR, eval_room=0.0),
         ),
     }
 
@@ -125,7 +127,9 @@ def _calibrated(model: Any, case: DecodeCase) -> tuple[Any, float]:
         decided, chosen = (np.clip(sums[key] / count, 0.01, 0.99) for key in ("decided", "chosen"))
         error = float(np.abs(decided - chosen).max())
         if error < best[0]:
-            best = (error, params, float(np.mean(decided)))
+            # Of all tokens, not only of those that ran the step before.
+            ran = sums["decided"].mean() / (case.prompt + case.new)
+            best = (error, params, float(ran))
         # What a layer decides moves those after it: not all the way at once.
         move = 0.5 * (odds(chosen) - odds(decided))
         params = jax.tree_util.tree_map_with_path(functools.partial(_moved, move=move), params)
