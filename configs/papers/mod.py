@@ -9,7 +9,9 @@ half the FLOPs a forward pass, or up to 1.5% better in log-probability at the sa
 
 Routers see the whole row in training. Outside of it a token runs a block if sigmoid(r) > 0.5, for
 which r learns to tell who was chosen. Departures: interleaved text and image codes, our widths.
-Parameters of ``mod``: 2.36M, all of them active. Device, minutes, expected loss: not measured.
+Parameters of ``mod``: 2.36M, all of them active. Val loss after 300 steps on CPU (seed 0): text
+6.35 nats a token (unigram 6.49), image 5.63 nats a code (6.21), decided causally; minutes: not
+measured alone.
 """
 
 from moejax.config import load_config_dict

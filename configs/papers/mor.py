@@ -12,7 +12,8 @@ Middle-cycle: a first and a last layer, between them layers that are run three t
 thirds, one third of the tokens. Departures: interleaved text and image codes in ``mor``; outside of
 training a causal rule decides, where the authors' code chooses among all tokens; routers begin
 like other weights. ``token`` computes all steps for all, unless ``model.recursion.room`` is set.
-Parameters of ``mor``: 2.36M, all of them active. Device, minutes, expected loss: not measured.
+Parameters of ``mor``: 2.36M, all of them active. Val loss after 300 steps on CPU (seed 0): text
+6.26 nats a token (unigram 6.49), image 5.53 nats a code (6.21); minutes: not measured alone.
 """
 
 from moejax.config import load_config_dict
