@@ -155,6 +155,22 @@ def fake_data(monkeypatch):
     return Pipeline
 
 
+class Codec:
+    """Four codes a picture, each of a cell of one grey."""
+
+    grid = (2, 2)
+
+    def decode(self, codes):
+        return np.repeat(codes.reshape(-1, 2, 2, 1), 3, axis=3).astype(np.uint8)
+
+
+@pytest.fixture
+def pictures(fake_data, monkeypatch):
+    """``fake_data`` whose pictures can be drawn."""
+    monkeypatch.setattr("moejax.models.picture_codec.load_picture_codec", lambda config: Codec())
+    return fake_data
+
+
 def make_config(**fields) -> Config:
     """The config of the bigram; ``fields`` are ``group__field=value``."""
     groups = {

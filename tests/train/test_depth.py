@@ -35,19 +35,6 @@ MOR = dataclasses.replace(
 )
 
 
-class Codec:
-    grid = (2, 2)
-
-    def decode(self, codes):
-        return np.repeat(codes.reshape(-1, 2, 2, 1), 3, axis=3).astype(np.uint8)
-
-
-@pytest.fixture
-def pictures(fake_data, monkeypatch):
-    monkeypatch.setattr("moejax.models.picture_codec.load_picture_codec", lambda config: Codec())
-    return fake_data
-
-
 def config_of(model, **depth):
     config = make_config(eval__metrics=("likelihood", "depth"), train__steps=4)
     own = dataclasses.replace(model, depth=dataclasses.replace(model.depth, **depth))

@@ -47,19 +47,6 @@ def config_of_experts(**fields):
     return dataclasses.replace(config, model=MODEL)
 
 
-class Codec:
-    grid = (2, 2)
-
-    def decode(self, codes):
-        return np.repeat(codes.reshape(-1, 2, 2, 1), 3, axis=3).astype(np.uint8)
-
-
-@pytest.fixture
-def pictures(fake_data, monkeypatch):
-    monkeypatch.setattr("moejax.models.picture_codec.load_picture_codec", lambda config: Codec())
-    return fake_data
-
-
 def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
