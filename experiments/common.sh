@@ -36,3 +36,8 @@ compare() {
     cp "$work/$file" "$HERE/${name}_$SIZE"
   done
 }
+
+# price NAME: what causality costs the arms of that comparison; price.md and price.csv beside it.
+price() {
+  python "$HERE/../depth_price.py" "runs/experiments/$(basename "$HERE")_$1_$SIZE" "$HERE/$1_$SIZE"
+}

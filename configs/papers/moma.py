@@ -7,7 +7,7 @@ model's training loss with 3.7 times fewer FLOPs (text 2.6, image 5.2).
     moejax train --config moma:aux --config.train.init_from=runs/moma     # routers to decode with
     moejax train --config moma:1t1i --config.train.steps=100     # a seed, and its copies:
     moejax train --config moma:upcycle --config.train.init_from=runs/moma_1t1i
-    moejax train --config moma:1.4b      # 4t4i of the paper's sizes: 90m 435m 1.4b, bfloat16
+    moejax train --config moma:1.4b_4t4i # of the paper's sizes: 90m 435m 1.4b (as :1.4b), bfloat16
 
 Each expert takes a quarter of its modality's tokens over the whole batch, by sigmoid scores that
 also weigh its output: the FLOPs of ``chameleon``. What it takes depends on the batch, so ``aux``
@@ -33,7 +33,7 @@ SMALL = {
     "aux": (7_902_592, 2_397_568),
     "1t1i": (3_146_112, 2_359_680),
 }
-ARGS = (*SMALL, *SIZES)
+ARGS = (*SMALL, *SIZES, *(f"{size}_4t4i" for size in SIZES))
 # fmt: off
 INFERRED = (
     "data.drop_text", "data.image_tokenizer", "data.order", "data.source", "data.text_tokenizer",
@@ -44,6 +44,7 @@ INFERRED = (
 
 
 def get_config(arg=""):
+    arg = arg.removesuffix("_4t4i")
     config = load_config_dict(f"chameleon:{SIZES[arg][0]}" if arg in SIZES else "chameleon")
     model, moe, optim, about = config.model, config.model.moe, config.optim, config.about
     model.block_pattern, moe.hidden = ("moe",), 512
