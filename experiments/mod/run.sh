@@ -3,5 +3,5 @@
 source "$(dirname "$0")/../common.sh"
 
 compare text_image --arm "dense=mod,model.block_pattern=('untied',)" --arm mod=mod \
-  --arm predictor=mod:predictor --arm random=mod:random
+  --arm random=mod:random
 price text_image

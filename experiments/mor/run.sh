@@ -4,5 +4,5 @@ source "$(dirname "$0")/../common.sh"
 
 compare text_image \
   --arm "dense=recursive,model.block_pattern=('untied',),model.num_layers=8" \
-  --arm recursive=recursive --arm expert=mor --arm sharing=mor:sharing --arm token=mor:token
+  --arm recursive=recursive --arm expert=mor --arm sharing=mor:sharing
 price text_image
