@@ -30,13 +30,11 @@ VALUES = {
 def reported_runs(work: Path) -> list[tuple[str, int, Path]]:
     """(arm, seed, workdir) of the runs at the learning rate that each arm was given."""
     with (work / "comparison.csv").open() as file:
-        rows = {(row["arm"], row["seed"], float(row["learning_rate"])) for row in csv.DictReader(file)}
-    found = []
-    for folder in sorted(work.glob("runs/*/rate=*,seed=*")):
-        rate, seed = (part.partition("=")[2] for part in folder.name.split(","))
-        arms = [arm for arm, *rest in rows if rest == [seed, float(rate)] and folder_name(arm) == folder.parent.name]
-        found += [(arm, int(seed), folder) for arm in arms]
-    return found
+        rows = [(row["arm"], row["seed"], row["learning_rate"]) for row in csv.DictReader(file)]
+    return [
+        (arm, int(seed), work / f"runs/{folder_name(arm)}/rate={float(rate):g},seed={seed}")
+        for arm, seed, rate in dict.fromkeys(rows)
+    ]
 
 
 def price_of(workdir: Path) -> dict[str, float] | None:
@@ -50,6 +48,8 @@ def price_of(workdir: Path) -> dict[str, float] | None:
 
 
 def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit("usage: depth_price.py FOLDER_OF_COMPARISON FOLDER_FOR_THE_TABLE")
     work, out = map(Path, sys.argv[1:])
     rows = []
     for arm, seed, workdir in reported_runs(work):
@@ -64,7 +64,8 @@ def main() -> None:
     lines = ["| arm | seeds | " + " | ".join(VALUES) + " |", "|---|--:|" + "--:|" * len(VALUES)]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own = [row for row in rows if row["arm"] == arm]
-        lines.append(f"| {arm} | {len(own)} | " + " | ".join(_spread(own, name) for name in VALUES) + " |")
+        cells = [arm, str(len(own)), *(_spread(own, name) for name in VALUES)]
+        lines.append(f"| {' | '.join(cells)} |")
     (out / "price.md").write_text("\n".join(lines) + "\n")
 
 

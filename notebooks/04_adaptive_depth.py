@@ -89,9 +89,7 @@ models = {
 }
 values = {}
 for name, (spec, own) in models.items():
-    config = moejax.load_config(
-        spec, common | own | {"eval.metrics": ("likelihood", "depth")}
-    )
+    config = moejax.load_config(spec, common | own | {"eval.metrics": ("likelihood", "depth")})
     values[name] = moejax.train(config, folder / name)
 
 # %% [markdown]

@@ -19,7 +19,9 @@ class Context(struct.PyTreeNode):
     router of all blocks that skip tokens. ``ffn_gate_bt`` multiplies what a block's feed-forward
     branch adds. With ``record``, blocks give what they decided for each token in their aux; with
     ``keep_rows`` keys and values, in training too. ``layer`` is the number of the block;
-    ``row_length`` how many tokens a row is going to have, where these are the first of it.
+    ``row_length`` how many tokens a row is going to have, where these are the first of it. In
+    decoding ``stored`` has the parameters of the block, stacked with those of the other layers of
+    its segment, of which it is number ``repeat``: what skips a block need not read them.
     """
 
     tokens_bt: jax.Array
@@ -35,6 +37,8 @@ class Context(struct.PyTreeNode):
     ffn_gate_bt: jax.Array | None = None
     depth_router: Any = None
     pool: Any = None
+    stored: Any = None
+    repeat: jax.Array | int = 0
     pool_index: int = struct.field(pytree_node=False, default=0)
     train: bool = struct.field(pytree_node=False, default=False)
     record: bool = struct.field(pytree_node=False, default=False)

@@ -390,10 +390,17 @@ def _run_or_skip(run: Any, x_bcd, carry: dict, layer_state: dict, ctx: Context):
     """The block; in decoding nothing at all where no token of the batch runs it."""
     if not is_cached(layer_state) or run.is_initializing():
         return run(x_bcd, carry, layer_state, ctx)
-    module, variables = run.clone(parent=None), run.variables
+    module, others = run.clone(parent=None), dict(run.variables)
+    del others["params"]
 
     def all_of_it(x_bcd, carry):
-        return module.apply(variables, x_bcd, carry, layer_state, ctx)
+        # Not the layer's own: a scan copies them out of their stack before anyone has chosen.
+        params = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, ctx.repeat, keepdims=False),
+            ctx.stored[run.name],
+        )
+        own = ctx.replace(stored=None)
+        return module.apply({**others, "params": params}, x_bcd, carry, layer_state, own)
 
     def nothing(x_bcd, carry):
         _, _, state, aux = jax.eval_shape(all_of_it, x_bcd, carry)

@@ -47,7 +47,7 @@ class RecursiveBlock(nn.Module):
         x_btd, state, aux = run[self.config.recursion.router](x_btd, layer_state, ctx)
         return x_btd, carry, state, aux
 
-    def _layers(self) -> nn.Module:
+    def _layers(self, layer_state: dict) -> nn.Module:
         cfg = self.config
         own = dataclasses.replace(
             cfg,
@@ -55,6 +55,8 @@ class RecursiveBlock(nn.Module):
             block_pattern=(cfg.depth.block,),
             first_blocks=(),
             last_blocks=(),
+            # A loop inside of a choice begins with a copy of all weights that it reads.
+            unroll=cfg.unroll or is_cached(layer_state),
         )
         return _Layers(own, name="layers")
 
@@ -84,7 +86,7 @@ class RecursiveBlock(nn.Module):
         return {} if ctx.train else states
 
     def _plain(self, x_btd, layer_state: dict, ctx: Context):
-        layers, states = self._layers(), {}
+        layers, states = self._layers(layer_state), {}
         ones_bt = jnp.ones(x_btd.shape[:2], param_dtype(self.config))
         everyone = select(ctx.valid_bt, x_btd.shape[1])
         for index in range(self.config.recursion.steps):
@@ -102,7 +104,7 @@ class RecursiveBlock(nn.Module):
 
     def _expert(self, x_btd, layer_state: dict, ctx: Context):
         cfg, depth, recursion = self.config, self.config.depth, self.config.recursion
-        layers, states, sums, kept = self._layers(), {}, [], []
+        layers, states, sums, kept = self._layers(layer_state), {}, [], []
         alive_bt = ctx.valid_bt
         for index, share in enumerate(recursion.shares):
             scores = Scores(cfg, decides=share < 1, name=f"router_{index}")
@@ -144,7 +146,7 @@ class RecursiveBlock(nn.Module):
         steps_bt = probs.argmax(axis=-1) + 1
         weight_bt = probs.max(axis=-1)
         gate_bt = weight_bt if recursion.gate_steps else jnp.ones_like(weight_bt)
-        begin, layers, states, kept = x_btd, self._layers(), {}, []
+        begin, layers, states, kept = x_btd, self._layers(layer_state), {}, []
         alive_bt = ctx.valid_bt
         for index in range(recursion.steps):
             alive_bt = alive_bt & (steps_bt > index)

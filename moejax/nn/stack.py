@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
 from moejax import axes
 from moejax.config.checks import require
@@ -56,10 +57,12 @@ class Period(nn.Module):
 
     config: DecoderConfig
     kinds: tuple[str, ...]
+    first: int
 
     @nn.compact
-    def __call__(self, x_and_carry, layer_state, layer_index, ctx: Context):
+    def __call__(self, x_and_carry, layer_state, repeat, ctx: Context):
         x, carry = x_and_carry
+        layer_index = self.first + repeat * len(self.kinds)
         states, auxes = {}, {}
         moe, pool = self.config.moe, None
         if moe.pool_layers > 1 and len(self.kinds) == moe.pool_layers:
@@ -68,6 +71,8 @@ class Period(nn.Module):
             name = f"block_{i}"
             rng = None if ctx.rng is None else jax.random.fold_in(ctx.rng, layer_index + i)
             own = ctx.replace(rng=rng, pool=pool, pool_index=i, layer=layer_index + i)
+            if ctx.stored is not None:
+                own = own.replace(stored=ctx.stored.get(name), repeat=repeat)
             block = make_block(self.config, kind, name)
             with jax.named_scope(kind):
                 x, carry, states[name], auxes[name] = block(
@@ -96,7 +101,10 @@ class Stack(nn.Module):
         new_state, aux, carry = {}, {}, {}
         if self.config.depth.router_shared and "mod" in self.config.base_kinds():
             ctx = ctx.replace(depth_router=RouterWeights(self.config, name="depth_router")())
-        # Layer state and index are sliced, the context is not; Linen's annotation says "int".
+        stored = {}
+        if layer_state and not self.is_initializing():
+            stored = meta.unbox(self.variables["params"])
+        # Layer state and number are sliced, the context is not; Linen's annotation says "int".
         in_axes: Any = (0, 0, nn.broadcast)
         body = Period
         if self.config.remat != "none":
@@ -113,13 +121,13 @@ class Stack(nn.Module):
                 unroll=segment.repeats if self.config.unroll else 1,
                 metadata_params={nn.PARTITION_NAME: axes.LAYERS},
             )
-            index = segment.first + jnp.arange(segment.repeats) * len(segment.kinds)
+            own = ctx.replace(stored=stored.get(name))
             fresh = initial_carry(self.config, segment, x_btd)
             same = jax.tree.map(jnp.shape, carry) == jax.tree.map(jnp.shape, fresh)
             carry = carry if same else fresh
             (x_btd, carry), (new_state[name], aux[name]) = scan(
-                self.config, segment.kinds, name=name
-            )((x_btd, carry), layer_state.get(name, {}), index, ctx)
+                self.config, segment.kinds, segment.first, name=name
+            )((x_btd, carry), layer_state.get(name, {}), jnp.arange(segment.repeats), own)
         return x_btd, new_state, aux
 
 

@@ -255,7 +255,8 @@ def model_of(name: str):
     """(model, params) of a decoder around some kind of block."""
     ends = {"first_blocks": ("untied",), "last_blocks": ("untied",), "num_layers": 3}
     configs = {
-        "router": decoder(("untied", "mod")),
+        # Two layers that can be skipped in one scan.
+        "router": decoder(("untied", "mod"), num_layers=4),
         "predictor": decoder(("untied", "mod"), {"causal_rule": "predictor"}),
         "threshold": decoder(("untied", "mod"), {"causal_rule": "threshold"}),
         "room": decoder(
