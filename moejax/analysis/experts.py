@@ -3,7 +3,7 @@
 import math
 
 from moejax.config.moe import MoEConfig
-from moejax.config.schema import DecoderConfig
+from moejax.config.trunk import TrunkConfig
 from moejax.nn.moe import router_options
 from moejax.routing import ROUTERS
 from moejax.routing.scores import SCORES
@@ -23,7 +23,24 @@ def ffn_choices(moe: MoEConfig) -> float:
     return min(choices * moe.ffn_share, float(moe.pool))
 
 
-def router_products(model: DecoderConfig) -> float:
+def expert_rows(moe: MoEConfig, length: int) -> float:
+    """Rows of experts with weights for each token of a row of that length, in one iteration.
+
+    What :func:`ffn_choices` says; of soft routing the slots over the tokens that share them.
+    """
+    slots = soft_slots(moe)
+    return slots / (max(1, moe.routing_group) * length) if slots else ffn_choices(moe)
+
+
+def soft_slots(moe: MoEConfig) -> int:
+    """Slots of all experts, for a router that mixes tokens into slots; 0 for others."""
+    router = ROUTERS.get(moe.router.name, field="model.moe.router.name")
+    if router.slots is None:
+        return 0
+    return moe.pool * router.slots({**router.defaults(), **router_options(moe)})
+
+
+def router_products(model: TrunkConfig) -> float:
     """Multiply-adds of a token's logits, in one iteration, and of constant experts' mixtures.
 
     What is small is multiplied for all: by the scores of every modality, and for every constant

@@ -13,12 +13,12 @@ from typing import Any
 
 import jax
 
-from moejax.analysis.experts import ffn_choices, router_products
+from moejax.analysis.experts import expert_rows, router_products, soft_slots
 from moejax.analysis.jaxpr_flops import count_flops
 from moejax.analysis.params import abstract_batch, abstract_params
 from moejax.config import Config, Registry
-from moejax.config.decoder import AROUND_OTHERS
-from moejax.config.schema import AutoencoderConfig, DecoderConfig
+from moejax.config.schema import AutoencoderConfig, DecoderConfig, TrunkConfig, ViTConfig
+from moejax.config.trunk import AROUND_OTHERS
 from moejax.models import build_model
 from moejax.models.autoencoder import CHANNELS
 from moejax.nn.depth import together
@@ -65,7 +65,7 @@ class TokenFlops:
 # model name -> function(config) -> {modality: TokenFlops}, or None if it cannot tell
 MODEL_FLOPS: Registry[Callable[[Config], dict[str, TokenFlops] | None]] = Registry("formula")
 # kind of block -> function(config.model, modality index, sequence length) -> TokenFlops
-BLOCK_FLOPS: Registry[Callable[[DecoderConfig, int, int], TokenFlops]] = Registry("formula")
+BLOCK_FLOPS: Registry[Callable[[TrunkConfig, int, int], TokenFlops]] = Registry("formula")
 
 
 def flops_by_modality(config: Config) -> dict[str, TokenFlops] | None:
@@ -146,13 +146,37 @@ def decoder_flops(config: Config) -> dict[str, TokenFlops] | None:
     }
 
 
-def _of_batch(model: DecoderConfig, rows: int) -> DecoderConfig:
-    """With as many rows whose tokens compete as a microbatch has."""
+@MODEL_FLOPS.register("vit")
+def vit_flops(config: Config) -> dict[str, TokenFlops] | None:
+    """Of one picture: its patches in, the blocks on all tokens, pooling and classes."""
+    model: ViTConfig = config.model
+    length, d = model.num_tokens, model.d_model
+    kinds = [model.for_block(kind) for kind in model.block_kinds()]
+    if not _has_formula(kinds):
+        return None
+    rows = config.data.batch_size // config.optim.accumulation_steps
+    kinds = [(kind, _of_batch(own, rows)) for kind, own in kinds]
+    patches = 2.0 * model.num_patches * model.patch_size**2 * CHANNELS * d
+    total = TokenFlops(patches, 0.0, 2.0 * d * model.num_classes)
+    for kind, own in kinds:
+        total += BLOCK_FLOPS.get(kind)(own, 0, length).scaled(length)
+    if model.head == "map":
+        heads = model.num_heads * model.head_dim
+        keys_and_values = d * 2 * model.kv_heads * model.head_dim
+        products = 2 * d * heads + length * keys_and_values
+        total += TokenFlops(2.0 * products, 4.0 * length * heads, 0.0)
+        total += _mlp(model, max(model.ffn_hidden))
+    return {"image": total}
+
+
+def _of_batch(model: Any, rows: int) -> Any:
+    """With as many rows whose tokens compete, or are routed together, as a microbatch has."""
     depth = dataclasses.replace(model.depth, group=together(model.depth, rows))
-    return dataclasses.replace(model, depth=depth)
+    moe = dataclasses.replace(model.moe, routing_group=model.moe.routing_group or rows)
+    return dataclasses.replace(model, depth=depth, moe=moe)
 
 
-def _has_formula(kinds: list[tuple[str, DecoderConfig]]) -> bool:
+def _has_formula(kinds: list[tuple[str, Any]]) -> bool:
     """Whether every kind of block has one, those inside of others too."""
     inside = [own.for_block(own.depth.block)[0] for kind, own in kinds if kind in AROUND_OTHERS]
     return all(kind in BLOCK_FLOPS for kind in (*(kind for kind, _ in kinds), *inside))
@@ -199,7 +223,7 @@ def _autoencoder(model: AutoencoderConfig, features: int) -> TokenFlops:
 
 
 @BLOCK_FLOPS.register("untied")
-def untied_block_flops(model: DecoderConfig, modality: int, length: int) -> TokenFlops:
+def untied_block_flops(model: TrunkConfig, modality: int, length: int) -> TokenFlops:
     """A transformer block; untied weights cost what shared ones do."""
     return _attention(model, length) + _mlp(
         model, model.ffn_hidden[modality % len(model.ffn_hidden)]
@@ -207,27 +231,27 @@ def untied_block_flops(model: DecoderConfig, modality: int, length: int) -> Toke
 
 
 @BLOCK_FLOPS.register("dense")
-def dense_block_flops(model: DecoderConfig, modality: int, length: int) -> TokenFlops:
+def dense_block_flops(model: TrunkConfig, modality: int, length: int) -> TokenFlops:
     """A transformer block with everything shared: the widest feed-forward layer for all."""
     return _attention(model, length) + _mlp(model, max(model.ffn_hidden))
 
 
 @BLOCK_FLOPS.register("moe")
-def moe_block_flops(model: DecoderConfig, modality: int, length: int) -> TokenFlops:
+def moe_block_flops(model: TrunkConfig, modality: int, length: int) -> TokenFlops:
     """Attention and a layer of experts."""
     del modality
-    return _attention(model, length) + _experts(model)
+    return _attention(model, length) + _experts(model, length)
 
 
 @BLOCK_FLOPS.register("shortcut_moe")
-def shortcut_moe_block_flops(model: DecoderConfig, modality: int, length: int) -> TokenFlops:
+def shortcut_moe_block_flops(model: TrunkConfig, modality: int, length: int) -> TokenFlops:
     """Two attentions, two dense layers, one layer of experts."""
     dense = untied_block_flops(model, modality, length)
-    return dense + dense + _experts(model)
+    return dense + dense + _experts(model, length)
 
 
 @BLOCK_FLOPS.register("mod")
-def mod_block_flops(model: DecoderConfig, modality: int, length: int) -> TokenFlops:
+def mod_block_flops(model: TrunkConfig, modality: int, length: int) -> TokenFlops:
     """A block on some of the tokens, whose attention is among those; and their router."""
     depth = model.depth
     competing = depth.group * length
@@ -237,7 +261,7 @@ def mod_block_flops(model: DecoderConfig, modality: int, length: int) -> TokenFl
 
 
 @BLOCK_FLOPS.register("recursive")
-def recursive_block_flops(model: DecoderConfig, modality: int, length: int) -> TokenFlops:
+def recursive_block_flops(model: TrunkConfig, modality: int, length: int) -> TokenFlops:
     """Layers that are run several times, by fewer tokens each time; and the routers."""
     recursion = model.recursion
     total = TokenFlops(0.0, 0.0, 0.0)
@@ -257,12 +281,12 @@ def recursive_block_flops(model: DecoderConfig, modality: int, length: int) -> T
     return total
 
 
-def _inner_flops(model: DecoderConfig, modality: int, length: int) -> TokenFlops:
+def _inner_flops(model: TrunkConfig, modality: int, length: int) -> TokenFlops:
     kind, own = model.for_block(model.depth.block)
     return BLOCK_FLOPS.get(kind)(own, modality, length)
 
 
-def _decision(model: DecoderConfig) -> TokenFlops:
+def _decision(model: TrunkConfig) -> TokenFlops:
     """A score, and the predictor that decides in its place."""
     depth, d = model.depth, model.d_model
     products = d * (2 if depth.gate == "softmax" else 1)
@@ -271,25 +295,27 @@ def _decision(model: DecoderConfig) -> TokenFlops:
     return TokenFlops(2.0 * products, 0.0, 0.0)
 
 
-def _attention(model: DecoderConfig, length: int) -> TokenFlops:
+def _attention(model: TrunkConfig, length: int) -> TokenFlops:
     d, h = model.d_model, model.head_dim
     projections = d * (model.num_heads + 2 * model.kv_heads) * h + model.num_heads * h * d
     # Each query meets `length` keys, then as many values.
     return TokenFlops(2.0 * projections, 4.0 * length * model.num_heads * h, 0.0)
 
 
-def _mlp(model: DecoderConfig, width: float, matrices: int = 3) -> TokenFlops:
-    """SwiGLU of three matrices, or another MLP of two."""
+def _mlp(model: TrunkConfig, width: float, activation: str = "") -> TokenFlops:
+    """SwiGLU of three matrices, or another MLP of two; "" is that of the dense layers."""
+    matrices = 3 if (activation or model.ffn_activation) == "swiglu" else 2
     return TokenFlops(2.0 * matrices * model.d_model * width, 0.0, 0.0)
 
 
-def _experts(model: DecoderConfig) -> TokenFlops:
+def _experts(model: TrunkConfig, length: int) -> TokenFlops:
     """The router, the experts that a token runs on average, and what is shared.
 
-    Sums for losses and statistics are left out.
+    Of soft routing also the mixing into slots and back. Sums for losses and statistics are left
+    out.
     """
     moe = model.moe
-    width = ffn_choices(moe) * (moe.hidden or max(model.ffn_hidden)) + moe.shared_hidden
-    matrices = 3 if moe.activation == "swiglu" else 2
-    router = TokenFlops(2.0 * router_products(model), 0.0, 0.0)
-    return (_mlp(model, width, matrices) + router).scaled(moe.iterations)
+    width = expert_rows(moe, length) * (moe.hidden or max(model.ffn_hidden)) + moe.shared_hidden
+    mixing = 2 * model.d_model * soft_slots(moe)
+    router = TokenFlops(2.0 * (router_products(model) + mixing), 0.0, 0.0)
+    return (_mlp(model, width, moe.activation) + router).scaled(moe.iterations)

@@ -97,6 +97,8 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
             "images": jax.ShapeDtypeStruct(size, jnp.uint8),
             "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
             "index": jax.ShapeDtypeStruct((rows,), jnp.int32),
+            "labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
+            "mirror": jax.ShapeDtypeStruct((rows,), jnp.bool_),
         }
     names = ("tokens", "modality", "segments", "positions", "targets")
     shape = (rows, data.sequence_length)

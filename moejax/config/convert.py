@@ -26,7 +26,9 @@ def default_config(model: str = "decoder", objective: str = "next_token"):
     }
     groups.update(
         model=made,
-        data=schema.DataConfig(format="tokens" if hasattr(made, "modalities") else "images"),
+        data=schema.DataConfig(
+            format="tokens" if isinstance(made, schema.DecoderConfig) else "images"
+        ),
         objective=schema.OBJECTIVE_CONFIGS.get(objective, field="objective.name")(),
     )
     return ml_collections.ConfigDict({name: to_dict(group) for name, group in groups.items()})

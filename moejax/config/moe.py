@@ -81,6 +81,8 @@ class MoEConfig:
     capacity: str = "none"
     # Places of all experts over choices of all tokens.
     capacity_factor: float = 1.25
+    # Places of an expert are rounded up to a multiple of this.
+    capacity_multiple: int = 1
     # Places of an expert with weights over those of one without.
     capacity_tau: float = 1.0
     # What is left of a token's weights has the sum that all had.
@@ -88,6 +90,8 @@ class MoEConfig:
     # Outside of training; 0 drops nobody. Above 0 what is dropped depends on tokens that come later
     # and on how many are read at once, so that cached decoding is not the full forward.
     eval_capacity_factor: float = 0.0
+    # Who is dropped outside of training, where that is another rule; "" takes the same.
+    eval_capacity: str = ""
     # How the experts are run: "dropless", "capacity" (buffers), "dense" (each on every token).
     dispatch: str = "dropless"
     # How tokens meet experts on other devices of the mesh axis "expert": "fsdp" (the weights
@@ -128,12 +132,19 @@ class MoEConfig:
         for name in counts:
             value = getattr(self, name)
             require(value >= 0, f"model.moe.{name}", f"must not be negative, got {value}")
-        for name in ("top_k", "iterations", "pool_layers", "exchange_chunks"):
+        positive = ("top_k", "iterations", "pool_layers", "exchange_chunks", "capacity_multiple")
+        for name in positive:
             value = getattr(self, name)
             require(value > 0, f"model.moe.{name}", f"must be positive, got {value}")
         require_one_of(self.activation, ("swiglu", "gelu"), "model.moe.activation")
         policies = ("none", "order", "priority", "weight", "recycle")
         require_one_of(self.capacity, policies, "model.moe.capacity")
+        require_one_of(self.eval_capacity, ("", *policies[1:]), "model.moe.eval_capacity")
+        require(
+            not self.eval_capacity or self.capacity != "none",
+            "model.moe.eval_capacity",
+            "needs a model.moe.capacity",
+        )
         require(
             self.capacity_factor > 0,
             "model.moe.capacity_factor",

@@ -11,10 +11,14 @@ from typing import Any
 from moejax.config.checks import require, require_one_of, require_positive
 from moejax.config.decoder import DecoderConfig as DecoderConfig
 from moejax.config.decoder import LatentConfig as LatentConfig
-from moejax.config.decoder import UntieConfig as UntieConfig
 from moejax.config.registry import MODEL_CONFIGS as MODEL_CONFIGS
 from moejax.config.registry import OBJECTIVE_CONFIGS as OBJECTIVE_CONFIGS
 from moejax.config.training import OptimConfig, TrainConfig
+from moejax.config.trunk import TrunkConfig as TrunkConfig
+from moejax.config.trunk import UntieConfig as UntieConfig
+from moejax.config.vision import AugmentConfig as AugmentConfig
+from moejax.config.vision import ClassificationConfig as ClassificationConfig
+from moejax.config.vision import ViTConfig as ViTConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -300,7 +304,7 @@ class Config:
                 "(0 takes all of them)",
             )
         require(
-            self.data.format != "tokens" or hasattr(self.model, "modalities"),
+            self.data.format != "tokens" or isinstance(self.model, DecoderConfig),
             "data.format",
             f"model {self.model.name!r} reads no token sequences; use data.format=images",
         )

@@ -11,6 +11,7 @@ import numpy as np
 
 from moejax.config.schema import Config
 from moejax.data.sources import RecordSource
+from moejax.errors import UserError
 
 # Raise when the same data and options give other batches than before.
 RECIPE_VERSION = 1
@@ -122,11 +123,18 @@ def recipe_hash(**parts) -> str:
 
 
 class ImagePipeline(RowPipeline):
-    """Pictures for an autoencoder or a classifier, reshuffled every epoch."""
+    """Pictures for an autoencoder or a classifier, reshuffled every epoch.
+
+    A row has the label of its record, -1 without one, and whether it may be mirrored.
+
+    Raises UserError if the source does not have the ``model.num_classes`` of a classifier.
+    """
 
     def __init__(self, config: Config, source: RecordSource):
         super().__init__(config, source, len(source))
+        _check_classes(config, source)
         self.training = source.split == "train"
+        self._counts: np.ndarray | None = None
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
         self.version = recipe_hash(source=source.version, seed=config.data.seed)
 
@@ -140,9 +148,35 @@ class ImagePipeline(RowPipeline):
         return [int(self._order(epoch)[place])]
 
     def row(self, index: int) -> Batch:
-        (record,) = self.row_records(index)
+        (number,) = self.row_records(index)
+        record = self.source[number]
         return {
-            "images": self.source[record]["image"],
-            "index": np.asarray(record, np.int32),
+            "images": record["image"],
+            "index": np.asarray(number, np.int32),
+            "labels": np.asarray(record.get("label", -1), np.int32),
+            "mirror": np.asarray(record.get("mirror", False)),
             "weights": np.asarray(1, np.float32),
         }
+
+    def label_counts(self, num_classes: int) -> np.ndarray:
+        """How many records have each label [v]; those without one are not counted."""
+        if self._counts is None:
+            labels = [self.source[i].get("label", -1) for i in range(len(self.source))]
+            self._counts = np.bincount([i for i in labels if i >= 0], minlength=num_classes)
+        return self._counts
+
+
+def _check_classes(config: Config, source: RecordSource) -> None:
+    """UserError unless the labels of the source are those of the model."""
+    if config.objective.name != "classification":
+        return
+    wanted, categories = config.model.num_classes, getattr(source, "categories", ())
+    # A folder does not say how many classes it has: the labels of its records do.
+    labels = () if categories else {source[i].get("label", -1) for i in range(len(source))}
+    found = len(categories) if categories else max(labels, default=-1) + 1
+    if not found:
+        raise UserError(f"data.source={source.name}: its records have no labels; choose another")
+    if found > wanted or (categories and found != wanted):
+        raise UserError(
+            f"model.num_classes={wanted}: {source.name} has {found} classes; make the two equal"
+        )

@@ -14,10 +14,9 @@ from flax import struct
 from jax.sharding import PartitionSpec as P
 
 from moejax import axes
-from moejax.config.decoder import AROUND_OTHERS
 from moejax.config.schema import DecoderConfig
 from moejax.models.registry import MODELS
-from moejax.nn.block import make_block
+from moejax.nn.block import check_blocks
 from moejax.nn.context import Context
 from moejax.nn.layers import (
     Norm,
@@ -127,7 +126,7 @@ class Decoder(nn.Module):
         x_btd = constrain_tokens(x_btd)
         x_btd, rows, aux = Stack(cfg, name="stack")(x_btd, cache or {}, ctx)
         towers = len(cfg.modalities) if cfg.untie.final_norm else 1
-        norm = Norm("rms", cfg.norm_eps, towers, param_dtype(cfg), name="final_norm")
+        norm = Norm(cfg.norm, cfg.norm_eps, towers, param_dtype(cfg), name="final_norm")
         x_btd = norm(x_btd, modality)
         if cfg.tie_embeddings:
             head_dv = embedding_vd.T
@@ -171,9 +170,5 @@ def _valid(batch: dict) -> jax.Array:
 
 @MODELS.register("decoder")
 def build_decoder(config: DecoderConfig) -> Decoder:
-    for kind in sorted(set(config.block_kinds())):
-        make_block(config, kind, name="block")
-        base, own = config.for_block(kind)
-        if base in AROUND_OTHERS:
-            make_block(own, own.depth.block, name="block")
+    check_blocks(config)
     return Decoder(config)

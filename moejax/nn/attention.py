@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax import axes
-from moejax.config.schema import DecoderConfig, UntieConfig
+from moejax.config.trunk import TrunkConfig, UntieConfig
 from moejax.nn.context import Context
 from moejax.nn.layers import (
     Norm,
@@ -29,7 +29,7 @@ class Attention(nn.Module):
     QK-norm is per modality, over the head, before RoPE; keys are cached after both.
     """
 
-    config: DecoderConfig
+    config: TrunkConfig
     untie: UntieConfig
 
     @nn.compact
@@ -80,7 +80,7 @@ class Attention(nn.Module):
                 "param_dtype": param_dtype(cfg),
             }
             q = Norm(**options, name="q_norm")(q, ctx.modality_bt)
-        q = apply_rope(q, ctx.positions_bt, cfg.rope_theta)
+        q = self._rotate(q, ctx)
         rows = {}
         if given:
             k, v = given["k"], given["v"]
@@ -88,7 +88,7 @@ class Attention(nn.Module):
             k, v = keys_and_values
             if cfg.qk_norm != "none":
                 k = Norm(**options, name="k_norm")(k, ctx.modality_bt)
-            k = apply_rope(k, ctx.positions_bt, cfg.rope_theta)
+            k = self._rotate(k, ctx)
             rows = {"k": k, "v": v, "kept": ctx.valid_bt}
         mask_bts = ctx.mask_bts
         if cache is not None:
@@ -108,6 +108,11 @@ class Attention(nn.Module):
         ).reshape(b, t, n * h)
         out_mfd = out_mnhd.reshape(out_mnhd.shape[0], n * h, d)
         return project_back(heads, out_mfd, ctx, cfg.kernel_backend), rows
+
+    def _rotate(self, x_btnh: jax.Array, ctx: Context) -> jax.Array:
+        if not self.config.rope_axes:
+            return x_btnh
+        return apply_rope(x_btnh, ctx.positions_bt, self.config.rope_theta)
 
     def _heads(self, x_btd, w_mdnh, heads: tuple[int, ...], ctx: Context) -> list[jax.Array]:
         """Projections to so many heads each, [b, t, n, h]."""

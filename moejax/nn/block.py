@@ -13,10 +13,10 @@ import flax.linen as nn
 import jax
 
 from moejax.config.registry import Registry
-from moejax.config.schema import DecoderConfig, UntieConfig
+from moejax.config.trunk import AROUND_OTHERS, TrunkConfig, UntieConfig
 from moejax.nn.attention import Attention
 from moejax.nn.context import Context
-from moejax.nn.layers import Norm, SwiGLU, param_dtype
+from moejax.nn.layers import FeedForward, Norm, param_dtype
 from moejax.nn.moe import MoE, check_moe
 
 # kind -> function(config, name of the submodule) -> Linen module with the signature above
@@ -24,13 +24,13 @@ BLOCKS: Registry = Registry("block")
 
 
 class TransformerBlock(nn.Module):
-    """Attention and SwiGLU, or a layer of experts, with residuals; shared or per modality.
+    """Attention and a feed-forward layer or one of experts, with residuals; shared or per modality.
 
     ``norm_placement``: "post_branch" is ``x + norm(f(x))`` (arXiv 2411.04996 eq. 3; Chameleon
     34B), "pre" is ``x + f(norm(x))``.
     """
 
-    config: DecoderConfig
+    config: TrunkConfig
     untie: UntieConfig
     experts: bool = False
 
@@ -57,7 +57,7 @@ class TransformerBlock(nn.Module):
             moe = MoE(cfg, name="moe")
             ffn_branch = expert_branch
         else:
-            ffn = SwiGLU(cfg, num if self.untie.ffn else 1, cfg.ffn_hidden, name="ffn")
+            ffn = FeedForward(cfg, num if self.untie.ffn else 1, cfg.ffn_hidden, name="ffn")
             ffn_branch = lambda x: ffn(x, ctx)
         x_btd = self._residual("ffn_norm", x_btd, ffn_branch, ctx, 1, ctx.ffn_gate_bt)
         return x_btd, carry, {"cache": rows}, aux
@@ -81,7 +81,7 @@ class ShortcutBlock(nn.Module):
     experts have two sublayers' time to answer (arXiv 2509.01322, section 2; norms are in front).
     """
 
-    config: DecoderConfig
+    config: TrunkConfig
     untie: UntieConfig
 
     @nn.compact
@@ -99,14 +99,14 @@ class ShortcutBlock(nn.Module):
             normed = make_norm(cfg, self.untie, f"{half}_ffn_norm")(x_btd, ctx.modality_bt)
             if experts_out is None:
                 experts_out, carry, aux["moe"] = MoE(cfg, name="moe")(normed, carry, ctx)
-            ffn = SwiGLU(cfg, num, cfg.ffn_hidden, name=f"{half}_ffn")
+            ffn = FeedForward(cfg, num, cfg.ffn_hidden, name=f"{half}_ffn")
             x_btd = x_btd + drop(ffn(normed, ctx), 3 * i + 1)
         return x_btd + drop(experts_out, 2), carry, {"cache": rows}, aux
 
 
-def make_norm(config: DecoderConfig, untie: UntieConfig, name: str) -> Norm:
+def make_norm(config: TrunkConfig, untie: UntieConfig, name: str) -> Norm:
     towers = len(config.modalities) if untie.norms else 1
-    return Norm("rms", config.norm_eps, towers, param_dtype(config), name=name)
+    return Norm(config.norm, config.norm_eps, towers, param_dtype(config), name=name)
 
 
 def _dropout(x: jax.Array, rate: float, ctx: Context, index: int) -> jax.Array:
@@ -118,33 +118,42 @@ def _dropout(x: jax.Array, rate: float, ctx: Context, index: int) -> jax.Array:
 
 
 @BLOCKS.register("untied")
-def untied_block(config: DecoderConfig, name: str) -> nn.Module:
+def untied_block(config: TrunkConfig, name: str) -> nn.Module:
     """The block with the config's own ``model.untie`` flags (MoT where they are set)."""
     return TransformerBlock(config, config.untie, name=name)
 
 
 @BLOCKS.register("dense")
-def dense_block(config: DecoderConfig, name: str) -> nn.Module:
+def dense_block(config: TrunkConfig, name: str) -> nn.Module:
     """The block with everything shared, whatever ``model.untie`` says."""
     shared = dataclasses.replace(config, ffn_hidden=(max(config.ffn_hidden),), untie=UntieConfig())
     return TransformerBlock(shared, UntieConfig(), name=name)
 
 
 @BLOCKS.register("moe")
-def moe_block(config: DecoderConfig, name: str) -> nn.Module:
+def moe_block(config: TrunkConfig, name: str) -> nn.Module:
     """The block with experts (``model.moe``) for a feed-forward layer."""
     check_moe(config)
     return TransformerBlock(config, config.untie, experts=True, name=name)
 
 
 @BLOCKS.register("shortcut_moe")
-def shortcut_moe_block(config: DecoderConfig, name: str) -> nn.Module:
+def shortcut_moe_block(config: TrunkConfig, name: str) -> nn.Module:
     """Two attentions, two dense layers and experts beside them (``model.moe``)."""
     check_moe(config)
     return ShortcutBlock(config, config.untie, name=name)
 
 
-def make_block(config: DecoderConfig, kind: str, name: str) -> nn.Module:
+def check_blocks(config: TrunkConfig) -> None:
+    """UserError for blocks of the config that cannot be made, those inside of others too."""
+    for kind in sorted(set(config.block_kinds())):
+        make_block(config, kind, name="block")
+        base, own = config.for_block(kind)
+        if base in AROUND_OTHERS:
+            make_block(own, own.depth.block, name="block")
+
+
+def make_block(config: TrunkConfig, kind: str, name: str) -> nn.Module:
     """The block that an entry of ``model.block_pattern`` names.
 
     Raises:

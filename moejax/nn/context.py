@@ -12,16 +12,17 @@ class Context(struct.PyTreeNode):
     """Read-only inputs of a block; the same for all layers.
 
     ``mask_bts`` is [b, t, s], over these tokens (those in a cache are no part of it);
-    ``segments_bt`` (0: padding) and ``image_id_bt`` are what it is made of. ``valid_bt`` is False
-    for padding. ``rng`` is folded with the layer index by the stack; None when nothing is random.
-    ``step`` is that of the training run, or None. ``pool`` holds the weights of experts that
-    several layers share, of which this is number ``pool_index``; ``depth_router`` those of a
-    router of all blocks that skip tokens. ``ffn_gate_bt`` multiplies what a block's feed-forward
-    branch adds. With ``record``, blocks give what they decided for each token in their aux; with
-    ``keep_rows`` keys and values, in training too. ``layer`` is the number of the block;
-    ``row_length`` how many tokens a row is going to have, where these are the first of it. In
-    decoding ``stored`` has the parameters of the block, stacked with those of the other layers of
-    its segment, of which it is number ``repeat``: what skips a block need not read them.
+    ``segments_bt`` (0: padding) and ``image_id_bt`` are what it is made of: the two are equal where
+    all tokens of a segment see each other. ``positions_bt`` is [b, t], or [b, t, axes] where a
+    place has several. ``valid_bt`` is False for padding. ``rng`` is folded with the layer index by
+    the stack; None when nothing is random. ``step`` is that of the training run, or None. ``pool``
+    holds the weights of experts that several layers share, of which this is number ``pool_index``;
+    ``depth_router`` those of a router of all blocks that skip tokens. ``ffn_gate_bt`` multiplies
+    what a block's feed-forward branch adds. With ``record``, blocks give what they decided for each
+    token in their aux; with ``keep_rows`` keys and values, in training too. ``layer`` is the number
+    of the block; ``row_length`` how many tokens a row is going to have, where these are the first
+    of it. In decoding ``stored`` has the parameters of the block, stacked with those of the other
+    layers of its segment, of which it is number ``repeat``: what skips a block need not read them.
     """
 
     tokens_bt: jax.Array

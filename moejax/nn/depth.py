@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from moejax import axes
 from moejax.config.checks import require, require_one_of
 from moejax.config.depth import DepthConfig
-from moejax.config.schema import DecoderConfig
+from moejax.config.trunk import TrunkConfig
 from moejax.depth import (
     Selection,
     choose,
@@ -43,7 +43,7 @@ _DRAW = 64
 class RouterWeights(nn.Module):
     """Of a token's score: [d, 1], or [d, 2] of two classes; and a bias or None."""
 
-    config: DecoderConfig
+    config: TrunkConfig
 
     @nn.compact
     def __call__(self) -> tuple[jax.Array, jax.Array | None]:
@@ -68,7 +68,7 @@ class Scores(nn.Module):
     Where nothing is to be decided both are the same.
     """
 
-    config: DecoderConfig
+    config: TrunkConfig
     decides: bool = True
 
     @nn.compact
@@ -109,7 +109,7 @@ class DepthBlock(nn.Module):
     those that run it. Mixture-of-Depths-and-Experts, staged, is this around a block of experts.
     """
 
-    config: DecoderConfig
+    config: TrunkConfig
 
     @nn.compact
     def __call__(self, x_btd: jax.Array, carry: dict, layer_state: dict, ctx: Context):
@@ -256,7 +256,7 @@ def _folded(ctx: Context, rows: int) -> Context:
         return ctx
     b, t = ctx.modality_bt.shape
     row_b1 = (jnp.arange(b) % rows)[:, None]
-    fold = lambda value: value.reshape(b // rows, rows * t)
+    fold = lambda value: value.reshape(b // rows, rows * t, *value.shape[2:])
     own = lambda ids: jnp.where(ids > 0, (ids - 1) * rows + row_b1 + 1, 0)
     image_id = None if ctx.image_id_bt is None else fold(own(ctx.image_id_bt))
     segments = fold(own(ctx.segments_bt))
@@ -301,7 +301,7 @@ def run_selected(
     ctx: Context,
     selection: Selection,
     gate_bt: jax.Array,
-    config: DecoderConfig,
+    config: TrunkConfig,
     *,
     weighed_bt: jax.Array | None = None,
     keys_of_all: bool = False,
@@ -363,7 +363,7 @@ def who_runs(selection: Selection, t: int) -> jax.Array:
 
 
 def _selected_context(
-    ctx: Context, selection: Selection, few: Callable, config: DecoderConfig, keys_of_all: bool
+    ctx: Context, selection: Selection, few: Callable, config: TrunkConfig, keys_of_all: bool
 ) -> Context:
     """What the few tokens can read. Places that are left over are padding."""
     kept_bc = selection.kept_bc
@@ -410,7 +410,7 @@ def _run_or_skip(run: Any, x_bcd, carry: dict, layer_state: dict, ctx: Context):
     return jax.lax.cond(ctx.valid_bt.any(), all_of_it, nothing, x_bcd, carry)
 
 
-def check_depth(config: DecoderConfig) -> None:
+def check_depth(config: TrunkConfig) -> None:
     """UserError, by field, for what a block of few tokens cannot be made of."""
     depth = config.depth
     inner, _ = config.for_block(depth.block)
@@ -419,17 +419,12 @@ def check_depth(config: DecoderConfig) -> None:
         "model.depth.gate_on",
         f"'ffn' needs a block with one feed-forward layer, not {depth.block!r}",
     )
-    require(
-        not (depth.eval_room and config.latents.channels),
-        "model.depth.eval_room",
-        "is 0 where pictures are latents, which are denoised beside the cache",
-    )
     if depth.modality:
         require_one_of(depth.modality, config.modalities, "model.depth.modality")
 
 
 @BLOCKS.register("mod")
-def mod_block(config: DecoderConfig, name: str) -> nn.Module:
+def mod_block(config: TrunkConfig, name: str) -> nn.Module:
     """``model.depth.block`` on some of the tokens (Mixture-of-Depths); "mod:0.5:moe" says both."""
     check_depth(config)
     return DepthBlock(config, name=name)

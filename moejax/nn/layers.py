@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from moejax import axes
-from moejax.config.schema import DecoderConfig
+from moejax.config.trunk import TrunkConfig
+from moejax.experts.activations import activate
 from moejax.nn.context import Context
 from moejax.ops import norms, untied
 from moejax.parallel.local import (
@@ -29,11 +30,11 @@ from moejax.parallel.local import (
 )
 
 
-def compute_dtype(config: DecoderConfig):
+def compute_dtype(config: TrunkConfig):
     return jnp.dtype(config.dtype)
 
 
-def param_dtype(config: DecoderConfig):
+def param_dtype(config: TrunkConfig):
     """Parameters are float32, or float64 when the computation is."""
     return jnp.promote_types(config.dtype, jnp.float32)
 
@@ -77,14 +78,13 @@ class Norm(nn.Module):
         return (normalise(x, self.eps) * scale).astype(x.dtype)
 
 
-def modality_layout_of(config: DecoderConfig, modality_bt: jax.Array):
+def modality_layout_of(config: TrunkConfig, modality_bt: jax.Array):
     """One sort of the tokens for all layers that run on them; None if all projections are shared.
 
     Returns:
       A :class:`moejax.ops.untied.ModalityLayout` of each device's own tokens.
     """
-    untie = config.untie
-    if not (untie.qkv or untie.out or untie.ffn or config.latents.channels):
+    if not config.by_modality:
         return None
     num = len(config.modalities)
     return run_local(
@@ -130,22 +130,26 @@ def project_back(x_btf: jax.Array, w_mfd: jax.Array, ctx: Context, backend: str)
     )
 
 
-class SwiGLU(nn.Module):
-    """Feed-forward layer; ``widths`` has one hidden width, or one for each modality."""
+class FeedForward(nn.Module):
+    """Two matrices around ``model.ffn_activation``, of which SwiGLU's first is two side by side.
 
-    config: DecoderConfig
+    ``widths`` has one hidden width, or one for each modality.
+    """
+
+    config: TrunkConfig
     num: int
     widths: tuple[int, ...]
 
     @nn.compact
     def __call__(self, x_btd: jax.Array, ctx: Context) -> jax.Array:
         cfg, d = self.config, x_btd.shape[-1]
+        gated = cfg.ffn_activation == "swiglu"
 
         def weights(suffix: str, num: int, width: int):
             wi = self.param(
                 f"wi_mdf{suffix}",
                 partitioned(fan_in_normal((1,)), axes.MODALITY, axes.EMBED, axes.MLP),
-                (num, d, 2 * width),
+                (num, d, 2 * width if gated else width),
                 param_dtype(cfg),
             )
             wo = self.param(
@@ -162,18 +166,19 @@ class SwiGLU(nn.Module):
         else:
             stacks = [weights("", self.num, self.widths[0])]
         widths = self.widths if len(stacks) > 1 else self.widths[:1]
-        stacks = [
-            (interleave(wi, (width, width)), wo)
-            for (wi, wo), width in zip(stacks, widths, strict=True)
-        ]
+        if gated:
+            stacks = [
+                (interleave(wi, (width, width)), wo)
+                for (wi, wo), width in zip(stacks, widths, strict=True)
+            ]
         wi, wo = tuple(zip(*stacks, strict=True))
         if self.num == 1 and axis_size("tensor") == 1:
-            hidden = untied.swiglu(jnp.einsum("btd,df->btf", x_btd, wi[0][0]))
+            hidden = activate(jnp.einsum("btd,df->btf", x_btd, wi[0][0]), cfg.ffn_activation)
             return jnp.einsum("btf,fd->btd", hidden, wo[0][0])
 
         def local(x, layout, wi, wo):
             if self.num == 1:
-                return tensor_sum(untied.swiglu(x @ wi[0][0]) @ wo[0][0])
+                return tensor_sum(activate(x @ wi[0][0], cfg.ffn_activation) @ wo[0][0])
             return tensor_sum(untied.untied_swiglu(x, wi, wo, layout, cfg.kernel_backend))
 
         return run_local(

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from moejax import axes
 from moejax.config.checks import require
 from moejax.config.moe import SELECT_BIAS, MoEConfig
-from moejax.config.schema import DecoderConfig
+from moejax.config.trunk import TrunkConfig
 from moejax.experts.activations import activate
 from moejax.experts.kinds import weightless_output
 from moejax.experts.mlp import expert_mlp
@@ -71,7 +71,7 @@ class ExpertWeights(NamedTuple):
 class Experts(nn.Module):
     """The weights of ``num`` experts."""
 
-    config: DecoderConfig
+    config: TrunkConfig
     num: int
 
     @nn.compact
@@ -105,7 +105,7 @@ class MoE(nn.Module):
     (arXiv 2506.18945 writes ``x_C``; the block adds its own residual, so C = 1 is one layer).
     """
 
-    config: DecoderConfig
+    config: TrunkConfig
 
     @nn.compact
     def __call__(self, x_btd: jax.Array, carry: dict, ctx: Context):
@@ -277,7 +277,7 @@ class MoE(nn.Module):
 class Routing(nn.Module):
     """From tokens to a plan: the parameters of the score and of the causal router, the bias."""
 
-    config: DecoderConfig
+    config: TrunkConfig
 
     @nn.compact
     def __call__(self, x_btd: jax.Array, carry: dict, ctx: Context):
@@ -323,7 +323,8 @@ class Routing(nn.Module):
         places = places_of(moe, b * t // groups, ctx.train)
         if places is not None:
             again = moe.capacity_renormalise
-            plan = limit_capacity(plan, inputs, places, moe.capacity, rng, renormalise=again)
+            policy = moe.capacity if ctx.train else moe.eval_capacity or moe.capacity
+            plan = limit_capacity(plan, inputs, places, policy, rng, renormalise=again)
         return plan, inputs, carry
 
     def _score(self, x_snd, modality_sn, previous_bte, columns: int, group):
@@ -399,7 +400,9 @@ def places_of(moe: MoEConfig, tokens: int, train: bool) -> tuple[int, ...] | Non
         return None
     router = ROUTERS.get(moe.router.name, field="model.moe.router.name")
     k = router.choices(moe.pool + moe.weightless, {**router.defaults(), **router_options(moe)})
-    return heterogeneous_capacity(tokens, k, factor, moe.pool, moe.weightless, moe.capacity_tau)
+    return heterogeneous_capacity(
+        tokens, k, factor, moe.pool, moe.weightless, moe.capacity_tau, moe.capacity_multiple
+    )
 
 
 def router_options(moe: MoEConfig) -> dict[str, Any]:
@@ -434,14 +437,14 @@ def routing_aux(
     return aux
 
 
-def check_moe(config: DecoderConfig) -> None:
-    """UserError, by field, for what a layer of experts cannot be made of (a causal decoder)."""
+def check_moe(config: TrunkConfig) -> None:
+    """UserError, by field, for what a layer of experts cannot be made of."""
     moe = config.moe
     require(
         moe.num_experts > 0, "model.moe.num_experts", "must be positive where blocks have experts"
     )
     choices = moe.pool + moe.weightless
-    check_router(moe.router.name, router_options(moe), choices, causal_model=True)
+    check_router(moe.router.name, router_options(moe), choices, causal_model=config.causal)
     check_score(moe.score.name, moe.score.options)
     require(
         "attributes" not in moe.score.options,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from moejax import axes
 from moejax.config.checks import require
 from moejax.config.depth import DepthConfig, RecursionConfig
-from moejax.config.schema import DecoderConfig
+from moejax.config.trunk import TrunkConfig
 from moejax.depth import choose, gate_of, number_of, select
 from moejax.nn.block import BLOCKS
 from moejax.nn.context import Context
@@ -39,7 +39,7 @@ class RecursiveBlock(nn.Module):
     Shared keys and values are those of the first step, of all tokens.
     """
 
-    config: DecoderConfig
+    config: TrunkConfig
 
     @nn.compact
     def __call__(self, x_btd: jax.Array, carry: dict, layer_state: dict, ctx: Context):
@@ -74,7 +74,7 @@ class RecursiveBlock(nn.Module):
         )
         return x_btd, state
 
-    def _merge(self) -> DecoderConfig:
+    def _merge(self) -> TrunkConfig:
         """Only the router "expert" weighs a step."""
         cfg = self.config
         if cfg.recursion.router == "expert":
@@ -183,7 +183,7 @@ class RecursiveBlock(nn.Module):
         return find_room(cfg.depth, share, wanted_bt, layer_state, ctx)
 
 
-def training_room(config: DecoderConfig, index: int, length: int) -> int:
+def training_room(config: TrunkConfig, index: int, length: int) -> int:
     """Tokens of a row of that length that a step runs on in training."""
     recursion, share = config.recursion, _share(config.recursion, index)
     if recursion.router == "none":
@@ -206,7 +206,7 @@ def _share(recursion: RecursionConfig, index: int) -> float:
 class _Layers(nn.Module):
     """A stack as a block; nothing is carried from layer to layer."""
 
-    config: DecoderConfig
+    config: TrunkConfig
 
     @nn.compact
     def __call__(self, x_btd: jax.Array, carry: dict, layer_state: dict, ctx: Context):
@@ -247,7 +247,7 @@ def recursion_sums(logits_btr, steps_bt, valid_bt) -> dict[str, jax.Array]:
     }
 
 
-def check_recursion(config: DecoderConfig) -> None:
+def check_recursion(config: TrunkConfig) -> None:
     """UserError, by field, for layers that cannot be run again."""
     inner, _ = config.for_block(config.depth.block)
     require(
@@ -276,7 +276,7 @@ def check_recursion(config: DecoderConfig) -> None:
 
 
 @BLOCKS.register("recursive")
-def recursive_block(config: DecoderConfig, name: str) -> nn.Module:
+def recursive_block(config: TrunkConfig, name: str) -> nn.Module:
     """``model.recursion.layers`` blocks, run several times (Mixture-of-Recursions)."""
     check_recursion(config)
     return RecursiveBlock(config, name=name)

@@ -9,7 +9,7 @@ from flax.core import meta
 
 from moejax import axes
 from moejax.config.checks import require
-from moejax.config.schema import DecoderConfig
+from moejax.config.trunk import TrunkConfig
 from moejax.nn.block import make_block
 from moejax.nn.context import Context
 from moejax.nn.depth import RouterWeights
@@ -24,7 +24,7 @@ class Segment(NamedTuple):
     first: int
 
 
-def segments_of(config: DecoderConfig) -> tuple[Segment, ...]:
+def segments_of(config: TrunkConfig) -> tuple[Segment, ...]:
     """The fewest scans that cover the depth: first blocks, whole periods, rest, last blocks."""
     found: list[Segment] = []
 
@@ -55,7 +55,7 @@ def segments_of(config: DecoderConfig) -> tuple[Segment, ...]:
 class Period(nn.Module):
     """One period of blocks; the body that a segment scans over."""
 
-    config: DecoderConfig
+    config: TrunkConfig
     kinds: tuple[str, ...]
     first: int
 
@@ -93,7 +93,7 @@ _REMAT_POLICIES = {
 class Stack(nn.Module):
     """All layers. ``carry`` goes on through segments of equal shape, else it starts anew."""
 
-    config: DecoderConfig
+    config: TrunkConfig
 
     @nn.compact
     def __call__(self, x_btd: jax.Array, layer_state: dict, ctx: Context):
@@ -131,7 +131,7 @@ class Stack(nn.Module):
         return x_btd, new_state, aux
 
 
-def initial_carry(config: DecoderConfig, segment: Segment, x_btd: jax.Array) -> dict:
+def initial_carry(config: TrunkConfig, segment: Segment, x_btd: jax.Array) -> dict:
     """What the first layer of a segment is given from the layers before: zeros, or nothing."""
     kinds = [config.for_block(kind) for kind in segment.kinds]
     columns = {own.moe.columns for _, own in kinds if own.moe.score.gating_residual}

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.config.decoder import AROUND_OTHERS, DecoderConfig
+from moejax.config.trunk import AROUND_OTHERS, TrunkConfig
 from moejax.objectives.base import Derived, LossSums, Objective
 
 # Logged beside the losses, each the mean over the blocks: tokens that were chosen of those that
@@ -20,7 +20,7 @@ def with_depth(objective: Objective, model: Any) -> Objective:
 
     The losses are summed over the blocks that have them, and logged as their mean.
     """
-    if not isinstance(model, DecoderConfig) or not set(AROUND_OTHERS) & model.base_kinds():
+    if not isinstance(model, TrunkConfig) or not set(AROUND_OTHERS) & model.base_kinds():
         return objective
     depth, recursion = model.depth, model.recursion
     of_decisions = tuple(

@@ -4,7 +4,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Shaped
 
 # How far a picture is moved at most, in pixels.
 MAX_SHIFT = 3
@@ -21,16 +21,9 @@ def augment_images(rng: Key[Array, ""], images: Float[Array, "b h w c"]) -> Floa
       rng: one key for the batch.
       images: square pictures.
     """
-    b, side = images.shape[0], images.shape[1]
+    b = images.shape[0]
     keys = jax.random.split(rng, 5)
-    pad = ((0, 0), (MAX_SHIFT, MAX_SHIFT), (MAX_SHIFT, MAX_SHIFT), (0, 0))
-    padded = jnp.pad(images, pad, mode="edge")
-    start = jax.random.randint(keys[0], (b, 2), 0, 2 * MAX_SHIFT + 1)
-    images = jax.vmap(
-        lambda image, at: jax.lax.dynamic_slice(
-            image, (at[0], at[1], 0), (side, side, image.shape[-1])
-        )
-    )(padded, start)
+    images = crop(keys[0], images, MAX_SHIFT)
 
     def maybe(key, probability, changed):
         return jnp.where(jax.random.bernoulli(key, probability, (b, 1, 1, 1)), changed, images)
@@ -44,3 +37,22 @@ def augment_images(rng: Key[Array, ""], images: Float[Array, "b h w c"]) -> Floa
     weights = jnp.asarray([0.75] + [0.25 / others] * others) if others else jnp.ones(1)
     chosen = orders[jax.random.choice(keys[4], len(orders), (b,), p=weights)]
     return jnp.take_along_axis(images, chosen[:, None, None, :], axis=-1)
+
+
+def crop(
+    rng: Key[Array, ""], images: Shaped[Array, "b h w c"], padding: int
+) -> Shaped[Array, "b h w c"]:
+    """Moves each picture by up to ``padding`` pixels each way, its edge repeated."""
+    b, h, w, c = images.shape
+    pad = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    padded = jnp.pad(images, pad, mode="edge")
+    start = jax.random.randint(rng, (b, 2), 0, 2 * padding + 1)
+    return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (h, w, c)))(
+        padded, start
+    )
+
+
+def mirror(rng: Key[Array, ""], images: Shaped[Array, "b h w c"]) -> Shaped[Array, "b h w c"]:
+    """Each picture, or with probability 1/2 its mirror image."""
+    mirrored = jax.random.bernoulli(rng, 0.5, (len(images), 1, 1, 1))
+    return jnp.where(mirrored, images[:, :, ::-1], images)

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.axes import BATCH_AXES, MESH_AXES
-from moejax.config.schema import Config, DecoderConfig, MeshConfig
+from moejax.config.schema import Config, DecoderConfig, MeshConfig, TrunkConfig, ViTConfig
 from moejax.errors import UserError
 
 
@@ -54,7 +54,7 @@ def check_mesh(config: Config, device_count: int) -> tuple[int, ...]:
             f"{shards} devices (mesh.data x mesh.fsdp x mesh.expert)"
         )
     for axis in ("tensor", "sequence"):
-        if sizes[axis] > 1 and not isinstance(config.model, DecoderConfig):
+        if sizes[axis] > 1 and not isinstance(config.model, TrunkConfig):
             raise UserError(
                 f"mesh.{axis}={sizes[axis]}: the model {config.model.name!r} does not split this "
                 "axis; use 1"
@@ -68,11 +68,14 @@ def check_mesh(config: Config, device_count: int) -> tuple[int, ...]:
 def _split_sizes(config: Config) -> Iterator[tuple[str, str, int]]:
     """(mesh axis, field, size) of whatever an axis splits and has to divide."""
     model = config.model
-    if not isinstance(model, DecoderConfig):
+    if isinstance(model, DecoderConfig):
+        yield "sequence", "data.sequence_length", config.data.sequence_length
+        yield "tensor", "model.vocab_size", model.vocab_size
+    if isinstance(model, ViTConfig):
+        yield "sequence", "the tokens of a picture", model.num_tokens
+    if not isinstance(model, TrunkConfig):
         return
-    yield "sequence", "data.sequence_length", config.data.sequence_length
     yield "fsdp", "model.d_model", model.d_model
-    yield "tensor", "model.vocab_size", model.vocab_size
     yield "tensor", "model.num_heads", model.num_heads
     yield "tensor", "model.num_kv_heads", model.kv_heads
     for width in model.ffn_hidden:

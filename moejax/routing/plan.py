@@ -137,6 +137,7 @@ class Router:
       competing: whether it gives weights to shared experts.
       choices: (number of experts, all options) -> how many a token chooses on average, or at the
         most where that depends on the token; for the accounting of FLOPs.
+      slots: all options -> slots of each expert, of a router that gives a SoftPlan; None of others.
       check: (number of experts to choose from, all options) -> None; UserError for values that
         cannot be (:func:`moejax.routing.checks.require_option`).
     """
@@ -150,6 +151,7 @@ class Router:
     choices: Callable[[int, Mapping[str, Any]], float] = lambda experts, options: options.get(
         "top_k", options.get("capacity_factor", 1)
     )
+    slots: Callable[[Mapping[str, Any]], int] | None = None
     check: Callable[[int, Mapping[str, Any]], None] = lambda experts, options: None
 
     def defaults(self) -> dict[str, Any]:

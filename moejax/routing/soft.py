@@ -11,8 +11,12 @@ from moejax.routing.perturb import NOISE_CHOICES, perturb
 from moejax.routing.plan import RouterInputs, SoftPlan, router
 
 
+def _slots(options: Mapping[str, Any]) -> int:
+    return options.get("slots", 1)
+
+
 def _columns(num_experts: int, options: Mapping[str, Any]) -> int:
-    return num_experts * options.get("slots", 1)
+    return num_experts * _slots(options)
 
 
 def _check_soft(num_experts: int, options: Mapping[str, Any]) -> None:
@@ -21,7 +25,15 @@ def _check_soft(num_experts: int, options: Mapping[str, Any]) -> None:
     checks.require_at_least(options, "noise_scale", 0)
 
 
-@router("soft", causal=False, columns=_columns, check=_check_soft)
+@router(
+    "soft",
+    causal=False,
+    columns=_columns,
+    # A token's output has a part of each.
+    choices=lambda experts, options: experts,
+    slots=_slots,
+    check=_check_soft,
+)
 def soft(
     inputs: RouterInputs, *, slots: int = 1, noise: str = "", noise_scale: float = 1.0
 ) -> SoftPlan:

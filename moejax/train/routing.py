@@ -96,6 +96,11 @@ def check(config: Config) -> None:
             f"{config.model.name} has none; leave it out, or set model.moe.num_experts and a "
             "block such as 'moe' in model.block_pattern"
         )
+    if config.data.format != "tokens":
+        raise UserError(
+            f"eval.metrics: 'routing' shows tokens of sequences, and model.name={config.model.name} "
+            "reads pictures; leave it out (train/router/... is logged all the same)"
+        )
     if jax.process_count() > 1:
         raise UserError(
             "eval.metrics: 'routing' runs on one host; leave it out, and use moejax eval"

@@ -1,0 +1,119 @@
+"""The vision transformer (models/vit.py), and what it is trained for, in a config."""
+
+import dataclasses
+from typing import ClassVar
+
+from moejax.config.checks import require, require_one_of, require_positive
+from moejax.config.registry import MODEL_CONFIGS, OBJECTIVE_CONFIGS
+from moejax.config.trunk import TrunkConfig
+
+POSITIONS = ("sincos", "learned", "rope")
+HEADS = ("class_token", "map", "mean")
+
+
+@MODEL_CONFIGS.register("vit")
+@dataclasses.dataclass(frozen=True)
+class ViTConfig(TrunkConfig):
+    """Vision transformer: the patches of a picture through blocks of any kind (models/vit.py)."""
+
+    causal: ClassVar[bool] = False
+
+    name: str = "vit"
+    modalities: tuple[str, ...] = ("image",)
+    image_size: int = 32
+    patch_size: int = 4
+    # Where a patch lies: a fixed table of sines ("sincos") or a "learned" one, added to the
+    # patches, or a rotation of queries and keys by row and column ("rope").
+    positions: str = "sincos"
+    # Tokens without a patch that take part in attention and are thrown away at the end.
+    registers: int = 0
+    # What stands for the picture: a token of its own, the answer to one learned query ("map"), or
+    # the mean of the patches.
+    head: str = "mean"
+    # 0: the features of the picture are all that is asked for.
+    num_classes: int = 0
+    # Where the classes' biases begin: -log(classes) suits a sigmoid of each.
+    class_bias: float = 0.0
+    block_pattern: tuple[str, ...] = ("dense",)
+    norm_placement: str = "pre"
+    qk_norm: str = "none"
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_positive(self, "model", ("image_size", "patch_size"))
+        for name in ("registers", "num_classes"):
+            require(getattr(self, name) >= 0, f"model.{name}", "must not be negative")
+        require(
+            self.image_size % self.patch_size == 0,
+            "model.patch_size",
+            f"{self.patch_size} does not divide model.image_size={self.image_size}",
+        )
+        require_one_of(self.positions, POSITIONS, "model.positions")
+        require_one_of(self.head, HEADS, "model.head")
+        require(
+            self.positions != "sincos" or self.d_model % 4 == 0,
+            "model.d_model",
+            f"'sincos' positions need a multiple of 4, got {self.d_model}",
+        )
+        require(
+            len(self.modalities) == 1,
+            "model.modalities",
+            f"a picture has one modality, got {self.modalities}",
+        )
+
+    @property
+    def rope_axes(self) -> int:
+        return 2 if self.positions == "rope" else 0
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+    @property
+    def num_patches(self) -> int:
+        rows, columns = self.grid
+        return rows * columns
+
+    @property
+    def num_tokens(self) -> int:
+        """What the blocks run on: the class token, registers, patches."""
+        return (self.head == "class_token") + self.registers + self.num_patches
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of training pictures (moejax/ops/augment.py), by the rng of the step."""
+
+    # A picture is moved by at most so many pixels each way, its edge repeated: a crop of the
+    # picture with such a padding.
+    crop_padding: int = 0
+    # Half of the pictures are mirrored, of those that their source allows it for ("allowed"), or
+    # of all ("all"); "none".
+    flip: str = "none"
+
+    def __post_init__(self):
+        require(self.crop_padding >= 0, "objective.augment.crop_padding", "must not be negative")
+        require_one_of(self.flip, ("none", "allowed", "all"), "objective.augment.flip")
+
+
+@OBJECTIVE_CONFIGS.register("classification")
+@dataclasses.dataclass(frozen=True)
+class ClassificationConfig:
+    """The class of a picture (objectives/classification.py)."""
+
+    name: str = "classification"
+    # "softmax": one class of all; "sigmoid": yes or no for each class.
+    loss: str = "softmax"
+    # Share of the target that all classes have alike.
+    label_smoothing: float = 0.0
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+
+    def __post_init__(self):
+        require_one_of(self.loss, ("softmax", "sigmoid"), "objective.loss")
+        require(
+            0 <= self.label_smoothing < 1,
+            "objective.label_smoothing",
+            f"must be in [0, 1), got {self.label_smoothing}",
+        )

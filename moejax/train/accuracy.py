@@ -1,0 +1,97 @@
+"""The "accuracy" evaluator: how often the class of a picture is found.
+
+Reported for the split, over its pictures that have a label:
+
+* ``accuracy``: the share whose class has the highest logit; ``top5_accuracy``: the five highest
+  (of equal logits the lower class is first);
+* ``loss``: nats a picture, of the softmax and without smoothing;
+* ``majority_...``: the same for a guess that knows the frequencies of the classes in the training
+  split alone.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from moejax.config.checks import require
+from moejax.config.schema import Config
+from moejax.objectives.classification import class_losses, labelled, rank_of_label
+from moejax.train.evaluate import EVALUATORS, EvalContext
+
+QUANTITIES = ("accuracy", "top5_accuracy", "loss")
+
+
+@EVALUATORS.register("accuracy")
+def accuracy(context: EvalContext) -> dict[str, float]:
+    """See the module docstring. Needs a model with classes and labelled pictures."""
+    model = context.model
+
+    def score(params: Any, batch: dict) -> dict[str, jax.Array]:
+        outputs = model.apply({"params": params}, batch, train=False)
+        return score_classes(outputs.logits, batch)
+
+    def score_majority(batch: dict, log_share_v: jax.Array) -> dict[str, jax.Array]:
+        rows = (batch["labels"].shape[0], log_share_v.shape[0])
+        return score_classes(jnp.broadcast_to(log_share_v[None], rows), batch)
+
+    learned = context.program("accuracy", score)
+    plain = context.program("majority", score_majority)
+    counts = context.train_pipeline.label_counts(context.config.model.num_classes)
+    log_share_v = jnp.asarray(log_frequencies(counts), jnp.float32)
+    sums = {name: np.zeros(len(QUANTITIES) + 1) for name in ("", "majority_")}
+    for _, on_device in context.batches():
+        scored = {
+            "": learned(context.params, on_device),
+            "majority_": plain(on_device, log_share_v),
+        }
+        for prefix, values in jax.device_get(scored).items():
+            # Batches are added in float64: a split can be long.
+            row = [values[name] for name in (*QUANTITIES, "pictures")]
+            sums[prefix] += np.asarray(row, np.float64)
+    return {
+        prefix + name: float(total / values[-1]) if values[-1] else float("nan")
+        for prefix, values in sums.items()
+        for name, total in zip(QUANTITIES, values[:-1], strict=True)
+    }
+
+
+def check(config: Config) -> None:
+    """UserError unless the model has classes."""
+    require(
+        getattr(config.model, "num_classes", 0) > 0,
+        "eval.metrics",
+        "'accuracy' needs a model with classes (model.num_classes); leave it out",
+    )
+
+
+def metric_names(config: Config) -> list[str]:
+    """What :func:`accuracy` returns."""
+    del config
+    return [prefix + name for prefix in ("", "majority_") for name in QUANTITIES]
+
+
+accuracy.check = check
+accuracy.metric_names = metric_names
+
+
+def score_classes(logits_bv: jax.Array, batch: dict) -> dict[str, jax.Array]:
+    """Sums over the labelled pictures of a batch: the quantities, and how many ``pictures``."""
+    counted = labelled(batch)
+    labels = jnp.maximum(batch["labels"], 0)
+    rank = rank_of_label(logits_bv, labels)
+    nats = class_losses(logits_bv, labels, "softmax", 0.0)
+    return {
+        "accuracy": (counted & (rank < 1)).sum(),
+        "top5_accuracy": (counted & (rank < 5)).sum(),
+        "loss": jnp.where(counted, nats, 0).sum(),
+        "pictures": counted.sum(),
+    }
+
+
+def log_frequencies(counts_v: Int[np.ndarray, " v"]) -> Float[np.ndarray, " v"]:
+    """Logarithms of the shares of the classes, each counted once more than it occurs."""
+    smoothed = np.asarray(counts_v, np.float64) + 1
+    return np.log(smoothed / smoothed.sum())
