@@ -98,8 +98,8 @@ def check(config: Config) -> None:
         )
     if config.data.format != "tokens":
         raise UserError(
-            f"eval.metrics: 'routing' shows tokens of sequences, and model.name={config.model.name} "
-            "reads pictures; leave it out (train/router/... is logged all the same)"
+            "eval.metrics: 'routing' shows tokens of sequences, and model.name="
+            f"{config.model.name} reads pictures; leave it out (train/router/... is logged anyway)"
         )
     if jax.process_count() > 1:
         raise UserError(

@@ -1,0 +1,77 @@
+"""V-MoE, Riquelme et al. 2021, arXiv 2106.05974: a vision transformer with sparse experts.
+
+Claim: with experts in place of every other MLP, chosen by each patch, a vision transformer matches
+the dense one of its quality at about half of the compute of inference.
+
+    moejax train --config vmoe           # or :small: laptop CPU, Fashion-MNIST, float32
+    moejax train --config vmoe:b16       # the paper's sizes: s32 b32 b16 l32 l16 h14, bfloat16
+
+Two of eight experts by noisy softmax, importance and load losses, places for 1.05 times the even
+share, in order of the tokens; outside of training those of the highest weights are kept (batch
+priority routing). Eight pictures are routed together, and all experts begin alike. "Last n" has
+experts in the last n odd blocks, "every 2" in all of them. The sizes and the training on
+ImageNet-21k are those of the authors' code, which says "last 2" of s32 and "every 2" of b16; where
+the others have experts is inferred. Departures: no biases in the blocks, no mixup and RandAugment;
+at the paper's sizes there is no such data set here, so that they are for inspection.
+The dense baseline is ``vit``. Device, minutes, expected accuracy: not measured.
+"""
+
+from moejax.config import load_config_dict
+
+# width, layers, heads, hidden width, patch, last n odd blocks (0: all), learning rate.
+SIZES = {
+    "s32": (512, 8, 8, 2048, 32, 2, 1e-3),
+    "b32": (768, 12, 12, 3072, 32, 0, 8e-4),
+    "b16": (768, 12, 12, 3072, 16, 0, 8e-4),
+    "l32": (1024, 24, 16, 4096, 32, 0, 6e-4),
+    "l16": (1024, 24, 16, 4096, 16, 0, 4e-4),
+    "h14": (1280, 32, 16, 5120, 14, 0, 3e-4),
+}
+# total and active parameters.
+COUNTS = {
+    "": (1_482_634, 597_898),
+    "s32": (67_347_283, 42_181_459),
+    "b32": (302_367_315, 132_498_003),
+    "b16": (300_710_739, 130_841_427),
+    "l32": (1_032_368_467, 428_388_691),
+    "l16": (1_030_159_699, 426_179_923),
+    "h14": (2_126_462_803, 868_171_603),
+}
+ARGS = ("", "small", *SIZES)
+
+
+def get_config(arg=""):
+    config = load_config_dict("vit")
+    model, moe, about = config.model, config.model.moe, config.about
+    last = SIZES[arg][5] if arg in SIZES else 2
+    if arg in SIZES:
+        from_paper(config, arg)
+    model.block_pattern = ("dense",) if last else ("dense", "moe")
+    model.last_blocks = (("moe", "dense") * last)[:-1]
+    moe.num_experts, moe.top_k, moe.routing_group, moe.equal_init = 8, 2, 8, True
+    moe.router.options = {"noise": "gaussian"}
+    moe.losses = tuple({"name": name, "coefficient": 0.005} for name in ("importance", "load"))
+    moe.capacity, moe.capacity_factor, moe.capacity_multiple = "order", 1.05, 4
+    moe.eval_capacity, moe.eval_capacity_factor = "priority", 1.05
+    about.paper, about.family = "arXiv 2106.05974", "vision-mixture-of-experts"
+    about.mechanism_test = "tests/papers/test_vision.py::test_vmoe_routes_by_priority"
+    about.total_params, about.active_params = COUNTS[arg.replace("small", "")]
+    return config
+
+
+def from_paper(config, arg: str) -> None:
+    """Sizes, ImageNet-21k and its training: 4,096 pictures a step, sigmoid loss."""
+    model = config.model
+    model.d_model, model.num_layers, model.num_heads, hidden, model.patch_size, _, rate = SIZES[arg]
+    model.update(ffn_hidden=(hidden,), ffn_activation="gelu", norm="layer", dtype="bfloat16")
+    model.update(image_size=224, head="class_token", positions="learned", num_classes=21_843)
+    model.update(class_bias=-10.0)
+    model.moe.activation = "gelu"
+    config.data.update(image_size=224, batch_size=4096)
+    config.objective.loss = "sigmoid"
+    config.objective.augment.crop_padding = 0
+    config.optim.update(learning_rate=rate, schedule="linear", warmup_steps=10_000, b2=0.999)
+    config.optim.update(final_fraction=1e-5 / rate, weight_decay=0.1)
+    config.about.approximate = ("data.source", "model.positions", "optim.eps", "train.steps")
+    if arg not in ("s32", "b16"):
+        config.about.approximate += ("model.block_pattern", "model.moe.num_experts")
