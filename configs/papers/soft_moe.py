@@ -6,11 +6,12 @@ nothing is dropped, nothing has to be balanced, and more experts cost no more.
     moejax train --config soft_moe       # or :small: laptop CPU, Fashion-MNIST, float32
     moejax train --config soft_moe:s16   # the paper's sizes: s16 s14 b16 l16 h14, bfloat16
 
-One slot for each expert (in ``small`` four, so that there are as many as patches); scores are cosines with a learned scale; the second half of the blocks has
-experts; each picture is routed by itself. The sizes are those of the authors' code. Departures: no
-biases in the blocks; JFT-4B is not to be had, so that the paper's sizes are for inspection; the
-schedule is an inverse square root there and a constant with a decay at the end here; the scale is
-decayed like the other weights there. As every patch meets all experts, all parameters are active.
+One slot for each expert (in ``small`` four, so that there are as many as patches); scores are
+cosines with a learned scale; the second half of the blocks has experts; each picture is routed by
+itself. The sizes are those of the authors' code. Departures: no biases in the blocks; JFT-4B is not
+to be had, so that the paper's sizes are for inspection; the schedule is an inverse square root
+there and a constant with a decay at the end here, and the scale is decayed there like the other
+weights. As every patch meets all experts, all parameters are active.
 The dense baseline is ``vit``. Device, minutes, expected accuracy: not measured.
 """
 

@@ -58,6 +58,8 @@ def inspect(config: Config, topology: Topology | None = None) -> dict[str, Any]:
     table = param_table(model, config, topology.num_devices if topology else None)
     formula, counted = token_flops(config), counted_flops(config)
     by_modality = flops_by_modality(config) or {}
+    # Of models whose tokens all see each other there is no half.
+    causal = getattr(config.model, "causal", True)
     decode = decode_cost(model, config, formula, table)
     warnings = [
         f"{name}: more than 1 MiB, and whole on each device of a sharded mesh"
@@ -70,7 +72,7 @@ def inspect(config: Config, topology: Topology | None = None) -> dict[str, Any]:
         "frozen_params": table.frozen,
         "params_per_modality": table.per_modality,
         "flops_per_token": formula.forward if formula else None,
-        "causal_flops_per_token": formula.causal if formula else None,
+        "causal_flops_per_token": formula.causal if formula and causal else None,
         "training_flops_per_token": formula.training if formula else None,
         "flops_per_token_by_modality": {name: f.forward for name, f in by_modality.items()},
         "counted_flops_per_token": counted.forward.nominal,
@@ -122,10 +124,11 @@ def _text(document: dict[str, Any], table) -> str:
             "gradients come on top (moejax compile)"
         )
     if document["flops_per_token"] is not None:
+        half = document["causal_flops_per_token"]
         text.append(
-            f"FLOPs/{per}   formula: forward {show_count(document['flops_per_token'])} "
-            f"({show_count(document['causal_flops_per_token'])} with attention counted causally), "
-            f"training {show_count(document['training_flops_per_token'])}"
+            f"FLOPs/{per}   formula: forward {show_count(document['flops_per_token'])}"
+            + (f" ({show_count(half)} with attention counted causally)" if half else "")
+            + f", training {show_count(document['training_flops_per_token'])}"
         )
     waste = document["visited_flops_per_token"] / document["counted_flops_per_token"] - 1
     text.append(

@@ -1,5 +1,7 @@
 """The class of a picture."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -33,7 +35,7 @@ def rank_of_label(logits_bv: Float[Array, "b v"], labels_b: Int[Array, " b"]) ->
     return ((logits_bv > right) | ((logits_bv == right) & earlier)).sum(axis=-1)
 
 
-def labelled(batch: dict) -> Bool[Array, " b"]:
+def labelled(batch: dict) -> Bool[Any, " b"]:
     """Which rows count: those that are no filler and have a label (it is not negative)."""
     return (batch["weights"] > 0) & (batch["labels"] >= 0)
 

@@ -30,6 +30,12 @@ MOE = {
     "model.moe.hidden": 40,
     "model.moe.shared_hidden": 24,
 }
+SMALL_VIT = {
+    "model.num_layers": 4,
+    "model.block_pattern": ("dense", "moe"),
+    "model.moe.num_experts": 6,
+    "model.moe.hidden": 40,
+}
 # What runs on a laptop, without :small, which is the default of its config.
 LAPTOP_CONFIGS = [
     f"{name}:{arg}"
@@ -134,6 +140,49 @@ def test_formula_and_count_agree_on_every_laptop_config(spec):
     assert formula is not None
     assert counted.forward.nominal == pytest.approx(formula.forward, rel=0.01)
     assert counted.training.nominal == pytest.approx(formula.training, rel=0.01)
+
+
+@pytest.mark.parametrize("head", ["class_token", "map", "mean"])
+@pytest.mark.parametrize("experts", ["dense", "top_k", "soft"])
+def test_formula_of_a_vision_transformer_is_its_program(head, experts):
+    """The statistics of the routing, which the formula leaves out, are a few multiply-adds."""
+    moe = {} if experts == "dense" else {**MOE, "model.moe.router.name": experts}
+    config = load_config(
+        "vit",
+        {
+            "model.image_size": 8,
+            "model.patch_size": 2,
+            "model.head": head,
+            "model.registers": 3,
+            "model.positions": "rope",
+            "model.num_kv_heads": 1,
+            "model.ffn_activation": "gelu",
+            "model.num_classes": 30,
+            "model.num_heads": 4,
+            "data.batch_size": 2,
+            "data.image_size": 8,
+            **moe,
+            "model.block_pattern": ("dense",) if experts == "dense" else ("dense", "moe:6"),
+        },
+    )
+    formula, counted = token_flops(config), counted_flops(config)
+    assert formula is not None
+    assert formula.forward <= counted.forward.nominal < formula.forward * 1.002
+
+
+def test_soft_routing_costs_its_slots():
+    fields = {**SMALL_VIT, "model.moe.router.name": "soft"}
+    one, two = (
+        token_flops(load_config("vit", {**fields, "model.moe.router.options.slots": slots}))
+        for slots in (1, 2)
+    )
+    model = load_config("vit", fields).model
+    # Six more slots in each of two layers: scores, mixing in and out for each of 64 patches, and
+    # an expert of three matrices for each picture.
+    slots = 2 * 6
+    mixing = 3 * 2 * 64 * model.d_model
+    expert = 2 * 3 * model.d_model * model.moe.hidden
+    assert two.forward - one.forward == pytest.approx(slots * (mixing + expert), rel=1e-9)
 
 
 def test_formulas_of_the_papers_at_their_sizes():

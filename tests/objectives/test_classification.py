@@ -71,7 +71,7 @@ def test_a_model_without_classes_is_refused():
 def prepared(images, **fields):
     config = ClassificationConfig(augment=AugmentConfig(**fields))
     objective = classification(config, MODEL)
-    batch = {"images": images, "mirror": np.arange(len(images)) % 2 == 0}
+    batch = {"images": jnp.asarray(images), "mirror": jnp.arange(len(images)) % 2 == 0}
     return np.asarray(objective.prepare(batch, jax.random.key(0))["images"])
 
 
@@ -96,5 +96,7 @@ def test_a_crop_moves_by_at_most_its_padding():
     assert len(places) == 256 and moved.dtype == np.uint8
     assert len(np.unique(places[:, 1:], axis=0)) == 25
     assert np.abs(places[:, 1:] - 5).max() == 2
-    other = augmented({"images": images}, jax.random.key(1), AugmentConfig(crop_padding=2))
+    other = augmented(
+        {"images": jnp.asarray(images)}, jax.random.key(1), AugmentConfig(crop_padding=2)
+    )
     assert (np.asarray(other["images"]) != moved).any()

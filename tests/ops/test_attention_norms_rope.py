@@ -9,6 +9,7 @@ import pytest
 
 from moejax.ops.attention import attend, cached_mask, multimodal_mask
 from moejax.ops.norms import layer_normalise, rms_normalise, select_by_modality
+from moejax.ops.positions import grid_positions, sincos_table
 from moejax.ops.rope import apply_rope
 from moejax.ops.untied import modality_layout, permute_rows
 
@@ -122,3 +123,29 @@ def test_attention_in_blocks_of_queries_is_the_same():
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), run(2), run(0)
     )
     assert "scan" in str(jax.make_jaxpr(lambda q: attend(q, k, v, mask, 2))(q))
+
+
+def test_rope_of_two_axes_is_that_of_each_in_a_half():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(1, 5, 2, 8)), jnp.float32)
+    places = jnp.asarray(rng.integers(0, 9, (1, 5, 2)), jnp.int32)
+    both = apply_rope(x, places, 100.0)
+    halves = [apply_rope(x[..., 4 * i : 4 * i + 4], places[..., i], 100.0) for i in (0, 1)]
+    np.testing.assert_allclose(both, jnp.concatenate(halves, axis=-1), rtol=1e-6)
+    # What queries and keys have in common depends on how far they lie apart alone.
+    moved = apply_rope(x, places + jnp.asarray([3, 7])[None, None], 100.0)
+    products = lambda v: jnp.einsum("btnh,bsnh->bnts", v, v)
+    np.testing.assert_allclose(products(moved), products(both), atol=1e-4)
+    assert np.abs(products(both) - products(x)).max() > 0.1
+
+
+def test_sincos_table_by_hand():
+    table = sincos_table(grid_positions(2, 3), 8)
+    angles = lambda place: (place, place / 100)
+    for number, (row, column) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]):
+        expected = [
+            f(a) for place in (row, column) for f in (np.sin, np.cos) for a in angles(place)
+        ]
+        np.testing.assert_allclose(table[number], expected, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="2 axes do not fill a width of 6"):
+        sincos_table(grid_positions(2, 2), 6)

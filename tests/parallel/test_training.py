@@ -23,6 +23,20 @@ NARROW = {
     "data.sequence_length": 12,
     "optim.learning_rate": 1e-3,
 }
+# 16 patches a picture; eight pictures are routed together, with noise and places.
+VISION = {
+    "model.dtype": "float64",
+    "model.image_size": 8,
+    "model.patch_size": 2,
+    "model.d_model": 32,
+    "model.num_heads": 4,
+    "model.num_layers": 2,
+    "model.ffn_hidden": (32,),
+    "model.last_blocks": ("moe",),
+    "data.image_size": 8,
+    "data.batch_size": 8,
+    "optim.learning_rate": 1e-3,
+}
 EXPERTS = {"model.moe.num_experts": 8, "model.moe.hidden": 16}
 CHOICE = {"model.moe.allowed": ((0, 1, 2, 3), (4, 5, 6, 7)), "model.moe.hidden": 16}
 MODELS = {
@@ -32,6 +46,7 @@ MODELS = {
     # Its bias is moved by the counts of the whole batch.
     "deepseek_v3": ("deepseek_v3", {**EXPERTS, "model.moe.shared_hidden": 16}),
     "expert_choice": ("expert_choice", EXPERTS),
+    "vmoe": ("vmoe", VISION),
 }
 MESHES = {
     "data": {"data": 8},
@@ -45,6 +60,8 @@ MESHES = {
 def batch_of(config, step):
     """Rows whose devices differ in how much of each modality they hold, some of it padding."""
     rng = np.random.default_rng(step)
+    if config.data.format == "images":
+        return pictures_of(config, rng)
     rows, length = config.data.batch_size, config.data.sequence_length
     share = np.linspace(0, 0.9, rows)[:, None]
     modality = (rng.random((rows, length)) < share).astype(np.int32)
@@ -71,11 +88,26 @@ def batch_of(config, step):
     return batch
 
 
+def pictures_of(config, rng):
+    """Pictures of two brightnesses; one row is filler."""
+    rows, side = config.data.batch_size, config.data.image_size
+    labels = rng.integers(0, config.model.num_classes, rows)
+    images = rng.integers(0, 128, (rows, side, side, 3)) + 60 * (labels % 2)[:, None, None, None]
+    return {
+        "images": images.astype(np.uint8),
+        "index": np.arange(rows, dtype=np.int32),
+        "labels": labels.astype(np.int32),
+        "mirror": np.zeros(rows, bool),
+        "weights": (np.arange(rows) < rows - 1).astype(np.float32),
+    }
+
+
 def losses(model, mesh, devices):
     name, overrides = MODELS[model]
     mesh = {f"mesh.{axis}": size for axis, size in mesh.items()}
     with jax.enable_x64(True):
-        config = load_config(name, {**NARROW, **overrides, **mesh})
+        narrow = {} if overrides is VISION else NARROW
+        config = load_config(name, {**narrow, **overrides, **mesh})
         setup = prepare_model(config, devices)
         step = setup.train_step()
         values = []
