@@ -40,6 +40,15 @@ _HOOK = install_import_hook(
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Programs that run once need not be fast."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(autouse=True)
 def float64_stays_inside():
     """A run in float64 sets it for its process; the next test begins without."""

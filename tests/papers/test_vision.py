@@ -1,5 +1,7 @@
 """What makes ``vmoe`` and ``soft_moe`` what they are, on layers of a few tokens."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,11 @@ import pytest
 from flax.core import meta
 
 from moejax.config import load_config
+from moejax.config.moe import RouterConfig
 from moejax.nn.context import Context
 from moejax.nn.moe import MoE
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 B, T, D, E, F = 8, 6, 16, 4, 12
 TINY = {
     "model.d_model": D,
@@ -18,7 +22,6 @@ TINY = {
     "model.moe.num_experts": E,
     "model.kernel_backend": "reference",
 }
-SPARSE = {"model.moe.router.name": "top_k", "model.moe.router.options": {}}
 
 
 @pytest.fixture
@@ -29,8 +32,9 @@ def tokens():
 class Layer:
     """The layer of experts of a config, with random parameters, on tokens [8, 6, 16]."""
 
-    def __init__(self, name: str, overrides: dict | None = None):
+    def __init__(self, name: str, overrides: dict | None = None, **moe):
         config = load_config(name, {**TINY, **(overrides or {})}).model
+        config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, **moe))
         self._module = MoE(config)
         x = jax.ShapeDtypeStruct((B, T, D), jnp.float32)
         init = lambda key, x: self._module.init(key, x, {}, _context(False, None))["params"]
@@ -142,7 +146,7 @@ def test_soft_moe_mixes_all_patches(tokens):
     last = tokens.at[0, -1].add(1.0)
     changed = np.abs(layer(last)[0] - y).max(axis=-1)
     assert (changed[0] > 1e-4).all() and (changed[1:] == 0).all()
-    sparse = Layer("soft_moe", SPARSE)
+    sparse = Layer("soft_moe", router=RouterConfig())
     changed = np.abs(sparse(last)[0] - sparse(tokens)[0]).max(axis=-1)
     assert (changed[0, :-1] == 0).all() and changed[0, -1] > 0
 

@@ -15,12 +15,8 @@ from moejax.routing import RouterInputs
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Programs that run once need not be fast."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def all_compiles_are_quick(quick_compiles):
+    """Of every test here."""
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from moejax.train.accuracy import metric_names
 from moejax.train.evaluate import EvalContext, check_evaluators, evaluate
 from moejax.train.setup import prepare_model
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 CLASSES = 7
 MODEL = ViTConfig(
     image_size=8, num_classes=CLASSES, d_model=16, num_heads=2, num_layers=2, ffn_hidden=(24,)
