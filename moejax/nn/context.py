@@ -19,7 +19,8 @@ class Context(struct.PyTreeNode):
     router of all blocks that skip tokens. ``ffn_gate_bt`` multiplies what a block's feed-forward
     branch adds. With ``record``, blocks give what they decided for each token in their aux; with
     ``keep_rows`` keys and values, in training too. ``layer`` is the number of the block;
-    ``row_length`` how many tokens a row is going to have, where these are the first of it.
+    ``row_length`` how many tokens a row is going to have, where these are the first of it;
+    ``place_bc`` where in the row the tokens stand, if their keys replace given ones.
     """
 
     tokens_bt: jax.Array
@@ -33,6 +34,7 @@ class Context(struct.PyTreeNode):
     rng: jax.Array | None
     step: jax.Array | None = None
     ffn_gate_bt: jax.Array | None = None
+    place_bc: jax.Array | None = None
     depth_router: Any = None
     pool: Any = None
     pool_index: int = struct.field(pytree_node=False, default=0)

@@ -357,6 +357,8 @@ def _few(value: jax.Array, index_bc: jax.Array) -> jax.Array:
 def who_runs(selection: Selection, t: int) -> jax.Array:
     """[b, t]: the tokens of a selection that are kept."""
     index_bc, kept_bc = selection
+    if kept_bc.shape[1] == t:
+        return kept_bc
     row_b1 = jnp.arange(kept_bc.shape[0])[:, None]
     kept_bt = jnp.zeros((kept_bc.shape[0], t), bool)
     return kept_bt.at[row_b1, index_bc].set(kept_bc, unique_indices=True)
