@@ -36,6 +36,18 @@ def cached_mask(
     return jnp.concatenate([filled & valid_bt[:, :, None], mask_bts], axis=-1)
 
 
+def put_rows(
+    old_btgh: Float[Array, "b t g h"],
+    new_bcgh: Float[Array, "b c g h"],
+    index_bc: Int[Array, "b c"],
+    kept_bc: Bool[Array, "b c"],
+) -> Float[Array, "b t g h"]:
+    """Keys or values of a row with those of some tokens, the ones that are kept, in their place."""
+    b, t = old_btgh.shape[:2]
+    place_bc = jnp.where(kept_bc, index_bc, t)
+    return old_btgh.at[jnp.arange(b)[:, None], place_bc].set(new_bcgh, mode="drop")
+
+
 def attend(
     q_btnh: Float[Array, "b t n h"],
     k_bsgh: Float[Array, "b s g h"],

@@ -92,15 +92,18 @@ def test_later_steps_have_fewer_tokens(arg):
     np.testing.assert_array_equal(counts["chosen"], [2 * 16, 2 * 8])
 
 
-def test_mor_gives_each_token_its_number_of_steps():
-    model, _, out, losses = trained("mor:token")
+@pytest.mark.parametrize("arg, balance_loss", [("token", 0.1), ("token_free", 0.0)])
+def test_mor_gives_each_token_its_number_of_steps(arg, balance_loss):
+    _, params, out, losses = trained(f"mor:{arg}")
+    block = params["stack"]["segment_1"]["block_0"]
+    assert ("select_bias_r" in block) == (arg == "token_free")
     sums = out.aux["segment_1"]["block_0"]["depth"]["recursion"]
     assert float(sums["chosen_r"].sum()) == float(sums["count"].sum()) == 2 * LENGTH
     values, count = losses.derived_values(), 2 * LENGTH
     f, p = np.asarray(sums["chosen_r"][0]) / count, np.asarray(sums["probs_r"][0]) / count
     assert float(values["depth/balance"]) == pytest.approx(3 * (f * p).sum(), rel=1e-5)
     coefficients = {term.name: term.coefficient for term in losses.derived}
-    assert (coefficients["depth/balance"], coefficients["depth/z"]) == (0.1, 1e-5)
+    assert (coefficients["depth/balance"], coefficients["depth/z"]) == (balance_loss, 1e-5)
 
 
 SHARING = [
