@@ -36,6 +36,10 @@ MODEL = DecoderConfig(
     last_blocks=("dense",),
 )
 
+SMALL = dataclasses.replace(
+    MODEL, num_layers=2, first_blocks=(), block_pattern=("dense",), last_blocks=()
+)
+
 
 def config_of(model=MODEL, **fields):
     config = make_config(**{"eval__metrics": ("attention_rank",), "eval__batches": 3, **fields})
@@ -118,11 +122,12 @@ def test_ranks_by_numpy(fake_data):
 
 
 def test_queries_come_out_where_they_are_asked_for(fake_data):
-    context = context_of(config_of())
+    context = context_of(config_of(SMALL))
     batch = next(iter(context.pipeline.eval_batches(1)))
     apply = lambda **options: context.model.apply({"params": context.params}, batch, **options)
     with jax.set_mesh(context.mesh):
-        plain, recorded, trained = apply(), apply(record=True), apply(train=True)
+        plain, recorded = jax.jit(lambda: (apply(), apply(record=True)))()
+        trained = jax.eval_shape(lambda: apply(train=True, record=True))
     rows = lambda out: set(out.rows["segment_0"]["block_0"]["cache"])
     assert rows(plain) == {"k", "v", "kept"} and rows(recorded) == {"k", "v", "kept", "q"}
     assert jax.tree.leaves(trained.rows) == []
@@ -131,12 +136,7 @@ def test_queries_come_out_where_they_are_asked_for(fake_data):
 
 def test_blocks_that_some_tokens_skip_are_left_out(fake_data):
     model = dataclasses.replace(
-        MODEL,
-        num_layers=4,
-        first_blocks=(),
-        last_blocks=(),
-        block_pattern=("dense", "mod:dense"),
-        depth=DepthConfig(capacity=0.5),
+        SMALL, num_layers=4, block_pattern=("dense", "mod:dense"), depth=DepthConfig(capacity=0.5)
     )
     context = context_of(config_of(model))
     result = run_on(context)
@@ -148,10 +148,8 @@ def test_blocks_that_some_tokens_skip_are_left_out(fake_data):
 
 def test_two_attentions_of_a_block_are_one_layer(fake_data):
     model = dataclasses.replace(
-        MODEL,
+        SMALL,
         num_layers=1,
-        first_blocks=(),
-        last_blocks=(),
         block_pattern=("shortcut_moe",),
         norm_placement="pre",
         moe=MoEConfig(num_experts=2, top_k=1),
@@ -190,8 +188,8 @@ def test_the_fields_can_be_pasted():
 
 def test_the_command_says_what_it_proposes(fake_data, tmp_path, capsys):
     workdir = tmp_path / "run"
-    train(config_of(train__steps=1), workdir)
-    assert "attention_rank: layers of the lowest rank" in capsys.readouterr().err
+    train(config_of(SMALL, train__steps=1), workdir)
+    assert "attention_rank: layers of the lowest rank" in capsys.readouterr().out
     command = ["eval", "--workdir", str(workdir), "--metrics", "attention_rank"]
     assert main(command) == 0
     said = capsys.readouterr().out
@@ -221,9 +219,7 @@ def test_bars_are_as_long_as_ranks():
     ],
 )
 def test_models_that_are_refused(changes, message):
-    model = dataclasses.replace(
-        MODEL, num_layers=2, **{"first_blocks": (), "last_blocks": (), **changes}
-    )
+    model = dataclasses.replace(SMALL, **changes)
     with pytest.raises(UserError, match=f"^eval.metrics: {message}"):
         check_evaluators(config_of(model))
 
