@@ -47,7 +47,7 @@ def draw_ranks(
         middle = y + _LINE // 2
         draw.text((labels - _GAP, middle), name, fill=_INK, font=font, anchor="rm")
         if layer not in ranks:
-            draw.text((labels, middle), "not measured", fill=_FAINT, font=font, anchor="lm")
+            draw.text((labels + 6, middle), "not measured", fill=_FAINT, font=font, anchor="lm")
             continue
         end = labels + round(_BAR * ranks[layer] / (length - 1))
         color = _PROPOSED if layer in proposed else _LEFT

@@ -10,7 +10,7 @@ import pytest
 
 from moejax.cli.common import command_parser
 from moejax.cli.main import main
-from moejax.config.depth import DepthConfig
+from moejax.config.depth import DepthConfig, RecursionConfig
 from moejax.config.load import load_config
 from moejax.config.moe import MoEConfig
 from moejax.config.schema import DecoderConfig
@@ -144,6 +144,20 @@ def test_blocks_that_some_tokens_skip_are_left_out(fake_data):
     assert list(result.values) == ["attention_rank/layer_0", "attention_rank/layer_2"]
     # Half of the layers are what would be proposed.
     assert "nothing to propose" in result.notes[0]
+
+
+def test_recursive_blocks_are_left_out(fake_data):
+    model = dataclasses.replace(
+        SMALL,
+        num_layers=3,
+        first_blocks=("dense",),
+        block_pattern=("recursive:dense",),
+        last_blocks=("dense",),
+        recursion=RecursionConfig(steps=2, layers=1, router="expert"),
+    )
+    result = run_on(context_of(config_of(model)))
+    assert list(result.values) == ["attention_rank/layer_0", "attention_rank/layer_2"]
+    assert all(0 < rank <= LENGTH - 1 for rank in result.values.values())
 
 
 def test_two_attentions_of_a_block_are_one_layer(fake_data):
