@@ -4,6 +4,7 @@ Claim: 51.6% fewer FLOPs and 53.2% less time in inference for 1.5% of quality. L
 attention has a low rank are turned into mixtures of depths; text always runs them.
 
     moejax train --config gamma_mod      # or gamma_mod:small: laptop CPU, built-in data, float32
+    moejax eval --workdir runs/chameleon --metrics attention_rank    # which layers of a dense run
 
 One router of two classes for all layers but the first three and the last; its probability weighs
 the feed-forward branch, its cross-entropy learns who was chosen. Departures: trained from

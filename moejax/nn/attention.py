@@ -42,7 +42,8 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns (output [b, t, d], what of this call belongs into a cache).
 
-        That is {"k", "v"} [b, t, g, h] and "kept" [b, t], False for padding.
+        That is {"k", "v"} [b, t, g, h] and "kept" [b, t], False for padding. With ``ctx.record``
+        the queries are there too, "q" [b, t, n, h], which no cache has a place for.
 
         Args:
           x_btd: tokens.
@@ -91,6 +92,8 @@ class Attention(nn.Module):
                 k = Norm(**options, name="k_norm")(k, ctx.modality_bt)
             k = apply_rope(k, ctx.positions_bt, cfg.rope_theta)
             rows = {"k": k, "v": v, "kept": ctx.valid_bt}
+            if ctx.record:
+                rows["q"] = q
             if given and ctx.place_bc is not None:
                 k = put_rows(given["k"], k, ctx.place_bc, ctx.valid_bt)
                 v = put_rows(given["v"], v, ctx.place_bc, ctx.valid_bt)

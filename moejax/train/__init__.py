@@ -14,7 +14,15 @@ import sys
 import types
 
 # Importing these registers their evaluators.
-from moejax.train import denoising, depth, likelihood, reconstruction, routing, sample_grid
+from moejax.train import (
+    attention_rank,
+    denoising,
+    depth,
+    likelihood,
+    reconstruction,
+    routing,
+    sample_grid,
+)
 
 
 class _Callable(types.ModuleType):
@@ -29,4 +37,12 @@ class _Callable(types.ModuleType):
 
 sys.modules[__name__].__class__ = _Callable
 
-__all__ = ["denoising", "depth", "likelihood", "reconstruction", "routing", "sample_grid"]
+__all__ = [
+    "attention_rank",
+    "denoising",
+    "depth",
+    "likelihood",
+    "reconstruction",
+    "routing",
+    "sample_grid",
+]
