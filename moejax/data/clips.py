@@ -22,7 +22,7 @@ MOTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shri
 _MOVING, _SMALLEST = 0.625, 0.4
 # An emoji turns only where it differs so much, on average and of 255, from itself after a quarter
 # and after half a turn.
-_SEEN = 4.0
+_SEEN = 8.0
 # Raise when the same options give other clips than before.
 _RECIPE = 1
 

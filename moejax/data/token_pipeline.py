@@ -181,8 +181,8 @@ class TokenPipeline(RowPipeline):
             row["positions"][start:end] = np.arange(len(tokens))
             row["targets"][start : end - 1] = tokens[1:]
             row["weights"][start : end - 1] = 1
-            if self.latent_size and (tokens == PATCH).any():
-                frames = self.codes(record, variant)
+            frames = self.codes(record, variant) if self.latent_size else None
+            if frames is not None:
                 here = start + np.flatnonzero(tokens == PATCH)
                 numbers = images + 1 + np.arange(len(frames))
                 row["image_id"][here] = np.repeat(numbers, frames.shape[1])

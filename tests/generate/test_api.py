@@ -1,6 +1,7 @@
 """The functions of notebooks: captions to pictures, pictures to captions, interleaved parts."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from moejax.generate.api import (
     sample_images,
     split_parts,
 )
-from moejax.generate.samples import MODES, Request, sample_mode
+from moejax.generate.samples import Request, sample_mode
 from moejax.generate.sampling import Sampling
 
 
@@ -90,14 +91,15 @@ def test_captions_are_not_empty_and_not_too_long(sampler):
 
 
 def test_a_clip_has_one_caption_of_all_its_frames(sampler):
-    clip, greedy = PICTURES[:2], Sampling(temperature=0.0)
-    found = caption_images(sampler, [clip, PICTURES[2], clip[::-1]], sampling=greedy)
-    assert len(found) == 3
-    assert found[:1] == caption_images(sampler, clip[None], sampling=greedy)
-    assert found[1:2] == caption_images(sampler, PICTURES[2:], sampling=greedy)
+    clip = PICTURES[:2]
+    greedy = functools.partial(
+        caption_images, sampler, sampling=Sampling(temperature=0.0), max_text_tokens=5
+    )
+    found = greedy([clip, clip[::-1], clip[:1], PICTURES[2]])
     # The order of the frames counts, and those after the first.
-    assert found[0] not in (found[2], *caption_images(sampler, clip, sampling=greedy))
-    assert caption_images(sampler, []) == []
+    assert len(set(found[:3])) == 3
+    assert found[2:] == greedy(PICTURES[[0, 1, 0, 2]])[2:]
+    assert greedy([]) == []
     with pytest.raises(UserError, match="no room for a caption in data.sequence_length=32"):
         caption_images(sampler, [np.concatenate([clip] * 3)])
 
@@ -117,7 +119,7 @@ class Clips:
         return {"id": f"{index}", "frames": frames, "text": "abcdefgh"[index]}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["text2image", "image2text"])
 def test_samples_of_a_model_of_clips(sampler, mode):
     request = Request(
         sampler=sampler,
@@ -135,8 +137,8 @@ def test_samples_of_a_model_of_clips(sampler, mode):
         assert labels == ["real", "real", "its codes", "its codes"] * 4
     else:
         # A picture is drawn, not a clip.
-        assert sum(label.startswith("nearest") for label in labels) >= 4
-        assert labels.count("real, frame 1") == (2 if mode == "text2image" else 0)
+        assert sum(label.startswith("nearest") for label in labels) == 4
+        assert labels.count("real, frame 1") == 2
 
 
 def test_parts_go_on_with_texts_and_whole_pictures(sampler):

@@ -212,12 +212,12 @@ def on_clips(side: int, **sizes):
 
 def test_each_frame_of_a_clip_has_a_fifth_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path))
-    clips, out = on_clips(4, **{"data.sequence_length": 170, "model.depth.room": 0.0})
+    clips, out = on_clips(4, **{"data.sequence_length": 190, "model.depth.room": 0.0})
     kept = np.asarray(out.aux["segment_0"]["block_1"]["depth"]["kept"])
     is_frame, real = clips["modality"] == 1, clips["segments"] > 0
     starts = np.argwhere((clips["tokens"] == BOI) & real)
     # Two clips of four frames in each of two rows.
-    assert kept.shape == (2, 2, 170) and len(starts) == 16
+    assert kept.shape == (2, 2, 190) and len(starts) == 16
     for row, start in starts:
         frame = slice(start + 1, start + 17)
         assert is_frame[row, frame].all() and not is_frame[row, start + 17]
