@@ -12,8 +12,8 @@ from moejax.train.routing_pictures import panels_of
 
 # Side of a picture, space between two, between two frames of a clip, height of a line; blocks that
 # have a column or a line.
-_SIDE, _GAP, _NARROW, _LINE, _MOST_BLOCKS = 96, 10, 2, 18, 8
-_INK, _FAINT, _RAN = "#202020", "#b8b8b8", "#d4e6f4"
+_SIDE, _GAP, _NARROW, _LINE, _MOST_BLOCKS = 96, 14, 2, 18, 8
+_INK, _FAINT, _RAN, _EDGE = "#202020", "#b8b8b8", "#d4e6f4", "#d8d8d8"
 
 
 def draw_blocks(
@@ -64,7 +64,10 @@ def draw_tokens(
             draw.text((4, y + _SIDE // 2), name, fill=_INK, font=font, anchor="lm")
             for p, picture in enumerate(pictures):
                 ran = None if block is None else _on_grid(kept[block], places[p], grid)
-                canvas.paste(_faded(picture, ran), (labels + lefts[p], y))
+                x = labels + lefts[p]
+                # A line around it: pictures are on white, as the page is.
+                draw.rectangle((x - 1, y - 1, x + _SIDE, y + _SIDE), outline=_EDGE)
+                canvas.paste(_faded(picture, ran), (x, y))
             y += _SIDE + _GAP
     for row, columns in lines:
         for block in shown:
