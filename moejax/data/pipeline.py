@@ -11,6 +11,7 @@ import numpy as np
 
 from moejax.config.schema import Config
 from moejax.data.sources import RecordSource
+from moejax.errors import UserError
 
 # Raise when the same data and options give other batches than before.
 RECIPE_VERSION = 1
@@ -125,6 +126,11 @@ class ImagePipeline(RowPipeline):
     """Pictures for an autoencoder or a classifier, reshuffled every epoch."""
 
     def __init__(self, config: Config, source: RecordSource):
+        if "image" not in source[0]:
+            raise UserError(
+                f"data.source={source.name}: its records are no single pictures, which "
+                "data.format='images' needs; use another source"
+            )
         super().__init__(config, source, len(source))
         self.training = source.split == "train"
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
