@@ -112,15 +112,13 @@ class Stack(nn.Module):
             body = nn.remat(Period, policy=policy, prevent_cse=False)
         for i, segment in enumerate(segments_of(self.config)):
             name = f"segment_{i}"
-            # In decoding the compiler copies what goes into a loop of one pass.
-            unrolled = self.config.unroll or (stored and segment.repeats == 1)
             scan = nn.scan(
                 body,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
                 in_axes=in_axes,
                 length=segment.repeats,
-                unroll=0 if unrolled else 1,
+                unroll=segment.repeats if self.config.unroll else 1,
                 metadata_params={nn.PARTITION_NAME: axes.LAYERS},
             )
             own = ctx.replace(stored=stored and stored[name])

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from moejax.config.decoder import AROUND_OTHERS, DecoderConfig
 from moejax.config.schema import Config
@@ -141,7 +142,7 @@ def _ranks(model: Any, params: Any, batch: dict) -> dict[int, jax.Array]:
     for layers, state in _blocks(model.config, rows):
         each = [_of_attention(own, mask_bts) for own in _attentions(state)]
         if each:
-            found.update(zip(layers, sum(each) / len(each), strict=True))
+            found.update(zip(layers, jnp.stack(each).mean(axis=0), strict=True))
     return found
 
 
