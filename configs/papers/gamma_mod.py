@@ -11,8 +11,8 @@ the feed-forward branch, its cross-entropy learns who was chosen. Departures: tr
 scratch; the router sees tokens normalised without the layer's own scale; positions are kept;
 only picture tokens count in the cross-entropy and are weighed; half of each picture; one
 threshold of 0.5. Without ``model.depth.room`` training computes layers for all tokens.
-Parameters of ``gamma_mod``: 2.88M, all of them active. Device, minutes, expected loss: not
-measured.
+Parameters of ``gamma_mod``: 2.88M, all of them active. Val loss after 300
+steps on CPU (seed 0): text 6.32 nats a token (unigram 6.49), image 5.55 nats a code (6.21).
 """
 
 from moejax.config import load_config_dict
