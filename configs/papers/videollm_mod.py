@@ -8,8 +8,8 @@ passes by and is seen by later layers; language runs every layer.
 A frame is a run of picture tokens, each with its own best fifth, rounded up. Clips of four frames,
 in which an emoji moves, grows or turns, come before their captions. Departures: trained from
 scratch; frames' codes are predicted too, so outside of training a predictor chooses.
-Parameters of ``videollm_mod``: 2.38M, all of them active. Device, minutes, expected loss: not
-measured.
+Parameters of ``videollm_mod``: 2.38M, all of them active. Val loss after 300
+steps on CPU (seed 0): text 3.56 nats a token, image 4.36 nats a code.
 """
 
 from moejax.config import load_config_dict
