@@ -133,7 +133,7 @@ class RecursiveBlock(nn.Module):
         if cfg.recursion.balance.name != "none":
             zeros = partitioned(nn.initializers.zeros, None)
             bias_r = self.param(STEP_BIAS, zeros, (steps,), dtype)
-            biased = probs + jax.lax.stop_gradient(bias_r)[None, None]
+            biased = probs + bias_r[None, None]
         chosen_bt = biased.argmax(axis=-1)
         # The bias takes part in the choice alone.
         weight_bt = jnp.take_along_axis(probs, chosen_bt[..., None], axis=-1)[..., 0]

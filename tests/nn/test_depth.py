@@ -8,13 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.analysis.jaxpr_flops import inner_jaxprs
 from moejax.config.moe import MoEConfig
-from moejax.config.schema import Config, DecoderConfig, NextTokenConfig
+from moejax.config.schema import Config, DecoderConfig, MeshConfig, NextTokenConfig
 from moejax.errors import UserError
 from moejax.generate.cache import init_cache, write_rows
 from moejax.models.decoder import build_decoder
 from moejax.objectives import build_objective
 from moejax.ops.attention import multimodal_mask
+from moejax.parallel.mesh import make_mesh
+from moejax.parallel.rules import state_shardings
 
 from .depth_models import LENGTH, ROWS, Block, best, changed, decoder, draw, taken, tokens
 
@@ -299,6 +302,50 @@ def test_prefill_and_decoding_equal_the_full_forward(name):
     if name == "room":
         slots = {leaf.shape[-3] for leaf in jax.tree.leaves(cache.rows) if leaf.ndim == 5}
         assert slots == {LENGTH, 3}
+
+
+def choices(jaxpr):
+    """All ``cond`` of a program, those inside of loops and branches too."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if eqn.primitive.name == "cond":
+            yield eqn
+        for inner in inner_jaxprs(eqn):
+            yield from choices(inner)
+
+
+@pytest.mark.parametrize("name", ["router", "expert"])
+def test_decoding_reads_weights_after_the_choice(name):
+    """Stacks of all layers go into it; one layer that is taken out before is copied in any case."""
+    model, params = model_of(name)
+    cache = init_cache(model, params, ROWS, LENGTH)
+    one = {key: value[:, :1] for key, value in whole_rows().items() if key != "weights"}
+    step = jax.make_jaxpr(lambda p: model.apply({"params": p}, one, cache=cache.rows).logits)
+    given = {var.aval.shape for eqn in choices(step(params)) for var in eqn.invars}
+    stack = params["stack"]
+    skipped = {
+        "router": lambda: stack["segment_0"]["block_1"]["block"],
+        "expert": lambda: stack["segment_1"]["block_0"]["layers"]["stack"]["segment_0"]["block_0"],
+    }[name]()
+    shape = max(jax.tree.leaves(skipped), key=jnp.size).shape
+    assert shape in given and not {shape[1:], shape[2:]} & given
+
+
+@pytest.mark.parametrize("name", ["router", "expert"])
+def test_decoding_on_a_mesh_is_that_of_one_device(name):
+    model, params = model_of(name)
+    batch = {key: value for key, value in whole_rows().items() if key != "weights"}
+    before, last = ({k: v[:, a:z] for k, v in batch.items()} for a, z in ((0, -1), (-1, None)))
+    rows = jax.jit(lambda b: model.apply({"params": params}, b).rows)(before)
+    cache = init_cache(model, params, ROWS, LENGTH)
+    cache = write_rows(cache, rows, jnp.full((ROWS,), LENGTH - 1))
+    step = lambda p, c: model.apply({"params": p}, last, cache=c).logits
+    expected = jax.jit(step)(params, cache.rows)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    boxed = jax.eval_shape(model.init, jax.random.key(0), whole_rows())["params"]
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(params, state_shardings(mesh, boxed))
+        got = jax.jit(step)(sharded, cache.rows)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_a_cache_that_is_full_skips_the_block():
