@@ -5,7 +5,7 @@
 The evaluator "depth" on the last checkpoint of each run that the comparison reports: the loss as
 decoded beside the loss with the choices of training, and how often the causal rule agrees with
 them. Writes price.csv and price.md (means over seeds, and from the lowest to the highest) into the
-second folder. Arms without a block that tokens can skip are left out.
+second folder. Arms without a block that tokens can skip, or a rule that decides it, are left out.
 """
 
 import csv
@@ -38,10 +38,12 @@ def reported_runs(work: Path) -> list[tuple[str, int, Path]]:
 
 
 def price_of(workdir: Path) -> dict[str, float] | None:
-    """The values of a run, or None where no token can skip a block."""
+    """The values of a run, or None where no token can skip a block, or no rule says which."""
     try:
         context = load(workdir).eval_context(None, ["depth"])
     except UserError:
+        return None
+    if context.config.model.depth.causal_rule == "none":
         return None
     values = run_evaluators(context, eval_plans(context.config.eval)).values
     return {name: values[key] for name, key in VALUES.items() if key in values}

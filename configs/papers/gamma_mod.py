@@ -4,14 +4,15 @@ Claim: 51.6% fewer FLOPs and 53.2% less time in inference for 1.5% of quality. L
 attention has a low rank are turned into mixtures of depths; text always runs them.
 
     moejax train --config gamma_mod      # or gamma_mod:small: laptop CPU, built-in data, float32
+    moejax eval --workdir runs/chameleon --metrics attention_rank    # which layers of a dense run
 
 One router of two classes for all layers but the first three and the last; its probability weighs
 the feed-forward branch, its cross-entropy learns who was chosen. Departures: trained from
 scratch; the router sees tokens normalised without the layer's own scale; positions are kept;
 only picture tokens count in the cross-entropy and are weighed; half of each picture; one
 threshold of 0.5. Without ``model.depth.room`` training computes layers for all tokens.
-Parameters of ``gamma_mod``: 2.88M, all of them active. Device, minutes, expected loss: not
-measured.
+Parameters of ``gamma_mod``: 2.88M, all of them active. Val loss after 300
+steps on CPU (seed 0): text 6.32 nats a token (unigram 6.49), image 5.55 nats a code (6.21).
 """
 
 from moejax.config import load_config_dict

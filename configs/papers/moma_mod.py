@@ -9,8 +9,8 @@ FLOPs (text 3.4, image 5.3). With causal routers, as decoding needs them, it is 
 A quarter of the tokens of eight rows, by sigmoid scores, runs every second block, before the split
 by modality; more layers make up for it. Outside of training a predictor decides; experts choose as
 in training (``moma:aux`` has routers for that). Departures: the predictor is trained along.
-Parameters of ``moma_mod``: 7.88M in total, 2.38M active. Device, minutes, expected loss: not
-measured.
+Parameters of ``moma_mod``: 7.88M in total, 2.38M active. Val loss after 300
+steps on CPU (seed 0): text 6.30 nats a token (unigram 6.49), image 5.55 nats a code (6.21).
 """
 
 from moejax.config import load_config_dict

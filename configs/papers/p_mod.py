@@ -9,7 +9,8 @@ Weights 1 + 0.2 tanh(r), 1 at the beginning, multiply the feed-forward branch of
 layer and the whole of those that skip it. Departures: trained from scratch, codes of pictures
 are predicted too; so outside of training a predictor chooses, which the paper does not need. The
 share is of each picture; without ``model.depth.room`` training computes layers for all tokens.
-Parameters of ``p_mod``: 2.38M, all of them active. Device, minutes, expected loss: not measured.
+Parameters of ``p_mod``: 2.38M, all of them active. Val loss after 300
+steps on CPU (seed 0): text 6.26 nats a token (unigram 6.49), image 5.56 nats a code (6.21).
 """
 
 from moejax.config import load_config_dict

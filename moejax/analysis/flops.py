@@ -272,9 +272,9 @@ def recursive_block_flops(model: TrunkConfig, modality: int, length: int) -> Tok
     for index in range(recursion.steps):
         room = step_room(model, index, length)
         given = recursion.share_kv and index > 0
-        # Shared keys are those of the whole row, and are not computed again.
+        # Shared keys are those of the whole row, and are not computed again, unless updated.
         layer = _inner_flops(model, modality, length if given else room)
-        if given:
+        if given and not recursion.update_kv:
             keys_and_values = 2.0 * model.d_model * 2 * model.kv_heads * model.head_dim
             layer = dataclasses.replace(layer, weights=layer.weights - keys_and_values)
         total += layer.scaled(recursion.layers * room / length)

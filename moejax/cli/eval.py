@@ -50,9 +50,10 @@ def run(argv: Sequence[str]) -> int:
     if args.json:
         document = {"step": loaded.step, "split": split, "metrics": result.values}
         # Only where there are any: most evaluators draw nothing.
-        files = {"images": paths, "arrays": saved}
-        print_json({**document, **{k: list(map(str, v)) for k, v in files.items() if v}})
+        others = {"images": paths, "arrays": saved, "notes": result.notes}
+        print_json({**document, **{k: list(map(str, v)) for k, v in others.items() if v}})
     else:
         print(f"{args.workdir} at step {loaded.step}, split {split}")
-        print("\n".join([format_table(result.values), *map(str, [*paths, *saved])]))
+        lines = [format_table(result.values), *result.notes, *map(str, [*paths, *saved])]
+        print("\n".join(lines))
     return 0

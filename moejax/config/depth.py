@@ -3,9 +3,12 @@
 import dataclasses
 
 from moejax.config.checks import require, require_one_of
+from moejax.config.moe import BalanceConfig, check_balance
 
 GATES = ("linear", "sigmoid", "tanh_norm", "softmax", "none")
 CAUSAL_RULES = ("router", "predictor", "threshold", "none")
+# The bias of the router "token" that its controller moves: the last part of its path.
+STEP_BIAS = "select_bias_r"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,12 +134,16 @@ class RecursionConfig:
     capacities: tuple[float, ...] = ()
     # Later steps use the keys and values of the first.
     share_kv: bool = False
+    # Those of the tokens that run a later step are replaced by their own.
+    update_kv: bool = False
     # Of the router "token": room in training over the even share (0: for all), whether each step is
-    # weighed and not only the last, and the coefficients of its losses.
+    # weighed and not only the last, the coefficients of its losses, and a controller of a bias that
+    # takes part in the choice instead of the first of them.
     room: float = 0.0
     gate_steps: bool = False
     balance_loss: float = 0.1
     z_loss: float = 1e-5
+    balance: BalanceConfig = dataclasses.field(default_factory=BalanceConfig)
 
     def __post_init__(self):
         for name in ("steps", "layers"):
@@ -152,6 +159,20 @@ class RecursionConfig:
             (not self.room and not self.gate_steps) or self.router == "token",
             "model.recursion.room",
             "and gate_steps are of model.recursion.router='token'",
+        )
+        check_balance(self.balance, "model.recursion.balance")
+        require(
+            self.balance.name == "none" or self.router == "token",
+            "model.recursion.balance.name",
+            "moves a bias of model.recursion.router='token'",
+        )
+        require(
+            not self.balance.options, "model.recursion.balance.options", "are of model.moe.balance"
+        )
+        require(
+            self.share_kv or not self.update_kv,
+            "model.recursion.update_kv",
+            "needs model.recursion.share_kv=True",
         )
         shares = self.shares
         require(

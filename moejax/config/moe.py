@@ -49,6 +49,12 @@ class BalanceConfig:
     options: Options = dataclasses.field(default_factory=Options)
 
 
+def check_balance(balance: BalanceConfig, field: str) -> None:
+    """UserError by the name of the ``field`` that it is."""
+    require_one_of(balance.name, ("none", "sign", "increment"), f"{field}.name")
+    require(balance.rate >= 0, f"{field}.rate", "must not be negative")
+
+
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
     """A layer of experts, wherever the config's blocks have one."""
@@ -164,8 +170,7 @@ class MoEConfig:
         exchanges = ("auto", "fsdp", "ring", "all_to_all", "ragged")
         require_one_of(self.exchange, exchanges, "model.moe.exchange")
         require(self.exchange_buffer >= 0, "model.moe.exchange_buffer", "must not be negative")
-        require_one_of(self.balance.name, ("none", "sign", "increment"), "model.moe.balance.name")
-        require(self.balance.rate >= 0, "model.moe.balance.rate", "must not be negative")
+        check_balance(self.balance, "model.moe.balance")
         require(
             not self.shared_competing or self.shared_hidden % self.shared_competing == 0,
             "model.moe.shared_competing",

@@ -108,6 +108,8 @@ class DataConfig:
     image_feature: str = "image"
     text_feature: str = "text"
     label_feature: str = "label"
+    # Pictures of a clip (builtin:emoji_clips).
+    frames: int = 4
     # Versions of each training picture: the picture itself, and moved, shrunk, mirrored ones.
     variants: int = 1
     text_tokenizer: str = "builtin:bpe4096"
@@ -129,6 +131,7 @@ class DataConfig:
         require_one_of(self.caption, ("name", "keywords"), "data.caption")
         for name in ("drop_text", "text_first_share"):
             require(0 <= getattr(self, name) <= 1, f"data.{name}", "must be in [0, 1]")
+        require(self.frames > 1, "data.frames", f"a clip has at least 2, got {self.frames}")
         require(self.prefetch >= 0, "data.prefetch", "must not be negative")
         require(len(self.languages) > 0, "data.languages", "name at least one language")
         require(":" in self.source, "data.source", f"{self.source!r} is not KIND:NAME")

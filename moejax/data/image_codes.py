@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from moejax.data.records import frames_of
 from moejax.data.sources import RecordSource
 from moejax.data.variants import variant
 
@@ -43,13 +44,13 @@ def cache_folder() -> Path:
 def image_codes(
     source: RecordSource, codec: ImageCodec, variants: int = 1, seed: int = 0
 ) -> Callable[[int, int], np.ndarray | None]:
-    """A function (record index, variant) -> what ``codec`` makes of it; None without a picture.
+    """A function (record index, variant) -> what ``codec`` makes of its frames; None without any.
 
-    Codes are [codes_per_image] i32, latent vectors [codes_per_image, z] f16. Records that share a
-    picture share them. All variants of all pictures (moejax.data.variants) are encoded once and
-    stored under the hash of pictures and tokenizer.
+    Codes are [frames, codes_per_image] i32, latent vectors [frames, codes_per_image, z] f16; a
+    picture is one frame. Records that share a picture share them. All variants of all pictures
+    (moejax.data.variants) are encoded once and stored under the hash of pictures and tokenizer.
     """
-    images, which = _distinct_images(source, variants, seed)
+    images, places = _distinct_images(source, variants, seed)
     if not len(images):
         return lambda record, number=0: None
     key = hashlib.sha256(codec.version.encode() + images.tobytes()).hexdigest()[:24]
@@ -59,26 +60,33 @@ def image_codes(
         codes = np.asarray(codec.encode(images))
         codes = codes.astype(np.int32 if codec.num_codes else np.float16)
         _write(path, codes)
-    return lambda record, number=0: None if which[record] < 0 else codes[which[record] + number]
+
+    def of_record(record: int, number: int = 0) -> np.ndarray | None:
+        first, frames = places[record]
+        start = first + number * frames
+        return codes[start : start + frames] if frames else None
+
+    return of_record
 
 
 def _distinct_images(
     source: RecordSource, variants: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(all variants of each picture side by side, where those of each record begin or -1)."""
-    images, which, seen = [], [], {}
+    """(all variants of each record's frames side by side, [records, 2]: the first, how many)."""
+    images, places, seen = [], [], {}
     for index in range(len(source)):
         record = source[index]
-        image, mirror = record.get("image"), record.get("mirror", False)
-        if image is None:
-            which.append(-1)
+        frames, mirror = frames_of(record), record.get("mirror", False)
+        if frames is None:
+            places.append((0, 0))
             continue
-        key = image.tobytes(), mirror
+        key = frames.shape, frames.tobytes(), mirror
         if key not in seen:
-            seen[key] = len(images)
-            images += [variant(image, number, seed, mirror) for number in range(variants)]
-        which.append(seen[key])
-    return np.stack(images) if images else np.zeros(0), np.asarray(which)
+            seen[key] = len(images), len(frames)
+            for number in range(variants):
+                images += list(variant(frames, number, seed, mirror))
+        places.append(seen[key])
+    return np.stack(images) if images else np.zeros(0), np.asarray(places)
 
 
 def _read(path: Path, shape: tuple[int, int]) -> np.ndarray | None:

@@ -59,6 +59,21 @@ def fit_image(picture: "Image.Image", size: int) -> UInt8[np.ndarray, "size size
     return image
 
 
+def place_on_white(
+    image: UInt8[np.ndarray, "side side 3"], size: int, top: int, left: int
+) -> UInt8[np.ndarray, "side side 3"]:
+    """A square picture at another size on white; what lies beyond the border is cut off."""
+    from PIL import Image
+
+    side = image.shape[0]
+    resized = Image.fromarray(np.ascontiguousarray(image)).resize(
+        (size, size), Image.Resampling.LANCZOS
+    )
+    canvas = Image.new("RGB", (side, side), "white")
+    canvas.paste(resized, (left, top))
+    return np.asarray(canvas)
+
+
 def decode_images(
     folder: Path, paths: Sequence[str], size: int, where: dict[str, str], keep: Collection[str]
 ) -> tuple[dict[str, UInt8[np.ndarray, "size size 3"]], str]:

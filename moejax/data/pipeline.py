@@ -131,6 +131,11 @@ class ImagePipeline(RowPipeline):
     """
 
     def __init__(self, config: Config, source: RecordSource):
+        if "image" not in source[0]:
+            raise UserError(
+                f"data.source={source.name}: its records are no single pictures, which "
+                "data.format='images' needs; use another source"
+            )
         super().__init__(config, source, len(source))
         _check_classes(config, source)
         self.training = source.split == "train"

@@ -66,14 +66,21 @@ def open_source(
 
 @SOURCES.register("builtin")
 def open_builtin(rest: str, split: str, data: DataConfig) -> RecordSource:
-    """The data sets that come with moejax; so far ``emoji32``."""
+    """The data sets that come with moejax: ``emoji32``, and clips made of it, ``emoji_clips``."""
+    from moejax.data.clips import ClipSource
     from moejax.data.emoji import EmojiSource
 
-    if rest != "emoji32":
-        raise UserError(f"data.source: no built-in set {rest!r}{did_you_mean(rest, ['emoji32'])}")
-    return EmojiSource(
-        split, image_size=data.image_size, languages=data.languages, caption=data.caption
-    )
+    options: dict[str, Any] = {
+        "image_size": data.image_size,
+        "languages": data.languages,
+        "caption": data.caption,
+    }
+    if rest == "emoji32":
+        return EmojiSource(split, **options)
+    if rest == "emoji_clips":
+        return ClipSource(split, **options, frames=data.frames, seed=data.seed)
+    known = ("emoji32", "emoji_clips")
+    raise UserError(f"data.source: no built-in set {rest!r}{did_you_mean(rest, known)}")
 
 
 @SOURCES.register("folder")

@@ -44,12 +44,14 @@ def make_vocabulary(config: Config, text_size: int, codec: ImageCodec | None) ->
 class TokenPipeline(RowPipeline):
     """Records as ``BOS part part ... EOS``; several share a row as segments 1, 2, ...
 
-    The parts are those that the record has and the model knows: the text, ``BOI codes EOI`` and
-    ``BOA units EOA``. Training draws their order, whether the text is left out (its place then
-    stays padding), and the variant of the picture, by (seed, epoch, record).
+    The parts are those that the record has and the model knows: the text, ``BOI codes EOI`` (of a
+    clip one after another for each frame) and ``BOA units EOA``. Training draws their order,
+    whether the text is left out (its place then stays padding), and the variant of the picture, by
+    (seed, epoch, record).
 
     With a tokenizer of latent vectors a picture's tokens are PATCH, its vectors lie in ``latents``
-    [b, t, z] f32, and ``image_id`` [b, t] i32 numbers the pictures of a row from 1 (0: no picture).
+    [b, t, z] f32, and ``image_id`` [b, t] i32 numbers the pictures of a row, each frame one of its
+    own, from 1 (0: no picture).
     """
 
     def __init__(self, config: Config, source: RecordSource, codec: ImageCodec | None):
@@ -118,7 +120,16 @@ class TokenPipeline(RowPipeline):
     def _other_tokens(self, record: int) -> int:
         """Tokens of a record that are not its text, all marks included."""
         codes, units = self.codes(record, 0), self.speech[record]
-        return sum(2 + len(part) for part in (codes, units) if part is not None) + len((BOS, EOS))
+        count = len((BOS, EOS))
+        if units is not None:
+            count += len(units) + len((BOA, EOA))
+        if codes is not None:
+            frames, tokens = codes.shape[:2]
+            count += frames * (tokens + len((BOI, EOI)))
+            if self.latent_size:
+                # As if each were in a segment of its own: so many moejax.ops.max_pictures allows.
+                count += (frames - 1) * len((BOS, EOS))
+        return count
 
     def _make_draws(self, epoch: int) -> tuple[np.ndarray, ...]:
         """For each record: the order of its parts, is its text left out, which variant."""
@@ -143,8 +154,9 @@ class TokenPipeline(RowPipeline):
         text = vocabulary.text_ids([] if drop_text else self.captions[record])
         picture = speech = np.zeros(0, np.int32)
         if codes is not None:
-            ids = np.full(len(codes), PATCH) if self.latent_size else vocabulary.image_ids(codes)
-            picture = np.concatenate([[BOI], ids, [EOI]])
+            patches = np.full(codes.shape[:2], PATCH)
+            ids = patches if self.latent_size else vocabulary.image_ids(codes)
+            picture = np.concatenate([part for frame in ids for part in ([BOI], frame, [EOI])])
         if self.speech[record] is not None:
             speech = np.concatenate([[BOA], vocabulary.speech_ids(self.speech[record]), [EOA]])
         return [text, picture, speech]
@@ -169,11 +181,13 @@ class TokenPipeline(RowPipeline):
             row["positions"][start:end] = np.arange(len(tokens))
             row["targets"][start : end - 1] = tokens[1:]
             row["weights"][start : end - 1] = 1
-            if self.latent_size and (tokens == PATCH).any():
-                images += 1
+            frames = self.codes(record, variant) if self.latent_size else None
+            if frames is not None:
                 here = start + np.flatnonzero(tokens == PATCH)
-                row["image_id"][here] = images
-                row["latents"][here] = self.codes(record, variant)
+                numbers = images + 1 + np.arange(len(frames))
+                row["image_id"][here] = np.repeat(numbers, frames.shape[1])
+                row["latents"][here] = frames.reshape(len(here), -1)
+                images += len(frames)
             start = end
         return row
 

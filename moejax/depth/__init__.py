@@ -2,6 +2,7 @@
 
 from moejax.depth.gates import gate_of
 from moejax.depth.losses import DecisionSums, decision_sums
+from moejax.depth.rank import attention_rank, layers_of_lowest_rank, shortest_pattern
 from moejax.depth.schedules import (
     linear_decay,
     recursion_indices,
@@ -20,15 +21,18 @@ from moejax.depth.select import (
 __all__ = [
     "DecisionSums",
     "Selection",
+    "attention_rank",
     "choose",
     "decision_sums",
     "first_come",
     "gate_of",
     "linear_decay",
+    "layers_of_lowest_rank",
     "number_of",
     "recursion_indices",
     "runs_of",
     "select",
     "shifted_cosine_decay",
+    "shortest_pattern",
     "warmed_up",
 ]

@@ -8,6 +8,7 @@ For example::
 """
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -182,7 +183,7 @@ def sample_images(
 
 def caption_images(
     sampler: Sampler,
-    images: UInt8[np.ndarray, "n h w 3"],
+    images: Sequence[UInt8[np.ndarray, "... h w 3"]] | UInt8[np.ndarray, "n ... h w 3"],
     *,
     sampling: Sampling | None = None,
     seed: int = 0,
@@ -191,13 +192,30 @@ def caption_images(
 ) -> list[str]:
     """A caption for each picture, of at least one and at most ``max_text_tokens`` tokens.
 
-    ``sampling.guidance`` has no effect: models are not trained on captions without a picture.
-    The other arguments are those of :func:`sample_images`.
+    One of ``images`` may be a clip, [frames, h, w, 3]. ``sampling.guidance`` has no effect: models
+    are not trained on captions without a picture. The other arguments are those of
+    :func:`sample_images`.
+
+    Raises:
+      UserError: a clip that leaves no room for a caption, or a setting that means nothing.
     """
     sampling = check_sampling(sampling or Sampling())
-    limit = min(max_text_tokens, sampler.text_room)
-    pictures, latents = sampler.encode_images(images)
-    prompts = [[BOS, *picture] for picture in pictures]
+    if not len(images):
+        return []
+    clips = [np.reshape(image, (-1, *image.shape[-3:])) for image in images]
+    pictures, latents = sampler.encode_images(np.concatenate(clips))
+    ends = np.cumsum([len(clip) for clip in clips])
+    spans = [slice(end - len(clip), end) for clip, end in zip(clips, ends, strict=True)]
+    prompts = [[BOS, *itertools.chain(*pictures[span])] for span in spans]
+    if latents is not None:
+        latents = [np.concatenate(latents[span]) for span in spans]
+    longest = max(map(len, prompts))
+    limit = min(max_text_tokens, sampler.sequence_length - longest - 1)
+    if limit < 1:
+        raise UserError(
+            f"prompt: is {longest} tokens long, which leaves no room for a caption in "
+            f"data.sequence_length={sampler.sequence_length}; give fewer frames"
+        )
     rows = _in_batches(
         sampler,
         prompts,

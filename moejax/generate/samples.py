@@ -12,7 +12,7 @@ import numpy as np
 
 from moejax.config.schema import DataConfig
 from moejax.data.build import open_records
-from moejax.data.records import Record
+from moejax.data.records import Record, frames_of
 from moejax.data.sources import RecordSource
 from moejax.errors import UserError
 from moejax.generate.api import Sampler, caption_images, sample_images
@@ -45,7 +45,12 @@ class Example:
     text: str
     shown: str  # text, or what the grid's font has in its place
     record_id: str | None = None
-    image: np.ndarray | None = None
+    frames: np.ndarray | None = None  # [frames, h, w, 3]: one picture, or those of a clip
+
+    @property
+    def image(self) -> np.ndarray | None:
+        """The picture, of a clip the first."""
+        return None if self.frames is None else self.frames[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +68,16 @@ class Neighbour:
         }
 
 
-def picture_of(record: Record) -> np.ndarray:
-    """The record's picture [h, w, 3] uint8; UserError if it has none."""
-    if "image" not in record:
+def pictures_of(record: Record) -> np.ndarray:
+    """The record's picture or the frames of its clip, [frames, h, w, 3] uint8.
+
+    Raises:
+      UserError: it has none.
+    """
+    frames = frames_of(record)
+    if frames is None:
         raise UserError(f"data.source: record {record['id']} has no picture; sample needs one")
-    return record["image"]
+    return frames
 
 
 class Examples:
@@ -94,19 +104,19 @@ class Examples:
         text, record_id = record.get("text", ""), record["id"]
         english = self._english.get(f"{record_id.rpartition('/')[0]}/en", "")
         shown = drawable(text, drawable(english) or drawable(record_id, "?"))
-        return Example(self.split, text, shown, record_id, picture_of(record))
+        return Example(self.split, text, shown, record_id, pictures_of(record))
 
 
 class TrainImages:
-    """The different pictures of the training split."""
+    """The different pictures of the training split; of each clip the first."""
 
     def __init__(self, examples: Examples):
         self._examples = examples
         first: dict[bytes, int] = {}
         for index in range(len(examples)):
-            first.setdefault(picture_of(examples.source[index]).tobytes(), index)
+            first.setdefault(pictures_of(examples.source[index])[0].tobytes(), index)
         self._indices = list(first.values())
-        self._images = np.stack([picture_of(examples.source[i]) for i in self._indices])
+        self._images = np.stack([pictures_of(examples.source[i])[0] for i in self._indices])
 
     def nearest(self, images: np.ndarray) -> list[Neighbour]:
         """Of each of ``images`` [n, h, w, 3] uint8."""
@@ -225,11 +235,12 @@ def _text_to_image(request: Request) -> Outcome:
         row: dict[str, Any] = {"prompt": example.text, "group": example.group}
         tiles = []
         lines += ["", f"[{example.group}] {example.text}"]
-        if example.image is not None:
+        if example.frames is not None:
             row["record_id"] = example.record_id
-            tiles.append(Tile(example.image, "real"))
+            real_label = "real" if len(example.frames) == 1 else "real, frame 1"
+            tiles.append(Tile(example.frames[0], real_label))
             if example.group != "train":
-                (real,) = request.train_images.nearest(example.image[None])
+                (real,) = request.train_images.nearest(example.frames[:1])
                 row["nearest_of_real"] = real.document()
                 real_distances.append(real.distance)
                 lines.append(f"  real picture {example.record_id}: {_describe(real)}")
@@ -249,20 +260,22 @@ def _text_to_image(request: Request) -> Outcome:
 
 def _image_to_text(request: Request) -> Outcome:
     examples = pick_examples(request, request.count)
-    images = np.stack([example.image for example in examples if example.image is not None])
+    clips = [example.frames for example in examples if example.frames is not None]
     captions = caption_images(
         request.sampler,
-        images,
+        clips,
         sampling=request.sampling,
         seed=request.seed,
         progress=request.progress,
     )
     codec = request.sampler.image_codec
-    seen = codec.decode(codec.encode(images))
+    seen = codec.decode(codec.encode(np.concatenate(clips)))
+    seen = np.split(seen, np.cumsum([len(clip) for clip in clips])[:-1])
     grid, rows, lines = [], [], []
-    for example, image, decoded, caption in zip(examples, images, seen, captions, strict=True):
+    for example, clip, decoded, caption in zip(examples, clips, seen, captions, strict=True):
         shown = drawable(caption, "(see the text file)")
-        tiles = [Tile(image, "real"), Tile(decoded, "its codes")]
+        tiles = [Tile(image, "real") for image in clip]
+        tiles += [Tile(image, "its codes") for image in decoded]
         note = f"is: {example.shown} ({example.group} split)"
         grid.append(GridRow(f"model: {shown}", note, tiles))
         rows.append(
@@ -277,7 +290,9 @@ def _image_to_text(request: Request) -> Outcome:
         lines.append(f"  model: {caption}")
     same = [row["output"].casefold() == row["text"].casefold() for row in rows]
     summary = {"equal_captions": float(np.mean(same))}
-    return Outcome("image2text", grid, 2, rows, lines, summary, panels=2)
+    # Of a clip the codes lie below.
+    columns = max(2, *(len(clip) for clip in clips))
+    return Outcome("image2text", grid, columns, rows, lines, summary, panels=2)
 
 
 def _unconditional(request: Request) -> Outcome:

@@ -84,7 +84,7 @@ class Decoder(nn.Module):
           cache: keys and values of earlier tokens (moejax.generate.cache), as in ``rows`` with
             slots for t and how many of them are in use.
           step: of the training run, [] i32, for what changes in the course of it.
-          record: give each token's experts, weights and logits in ``aux``.
+          record: give each token's experts, weights and logits in ``aux``, and queries in ``rows``.
           row_length: tokens that a row is going to have, where these are its first ones, for
             blocks that have room for some of them (``model.depth.eval_room``).
         """
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
             param_dtype(cfg),
         )
         x_btd = embedding_vd.astype(dtype)[tokens]
-        adapter, memory, image_id = None, None, batch.get("image_id")
+        adapter, memory = None, None
         if "latents" in batch:
             image_id = batch["image_id"]
             adapter = patch_adapter(cfg, name="patch_adapter")
@@ -107,7 +107,7 @@ class Decoder(nn.Module):
             times = batch.get("times", jnp.zeros(tokens.shape, jnp.float32))
             patches_btd, memory = adapter.encode(latents, times, image_id)
             x_btd = jnp.where(image_id[..., None] > 0, patches_btd, x_btd)
-        seen_as_one = image_id if cfg.latents.bidirectional else None
+        seen_as_one = pictures_seen_as_one(cfg, batch)
         ctx = Context(
             tokens_bt=tokens,
             positions_bt=batch["positions"],
@@ -158,6 +158,11 @@ class Decoder(nn.Module):
         if adapter is not None:
             denoised = adapter.decode(x_btd, memory).astype(param_dtype(cfg))
         return DecoderOutput(logits, aux, rows, denoised)
+
+
+def pictures_seen_as_one(config: DecoderConfig, batch: dict) -> jax.Array | None:
+    """[b, t], the pictures whose tokens see each other in both directions; None: there are none."""
+    return batch.get("image_id") if config.latents.bidirectional else None
 
 
 def _valid(batch: dict) -> jax.Array:

@@ -18,7 +18,7 @@ from moejax.nn.layers import (
     project,
     project_back,
 )
-from moejax.ops.attention import attend, cached_mask
+from moejax.ops.attention import attend, cached_mask, put_rows
 from moejax.ops.rope import apply_rope
 from moejax.parallel.local import FEATURES, ROW_FEATURES, TOKENS, axis_size, run_local
 
@@ -42,7 +42,8 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Returns (output [b, t, d], what of this call belongs into a cache).
 
-        That is {"k", "v"} [b, t, g, h] and "kept" [b, t], False for padding.
+        That is {"k", "v"} [b, t, g, h] and "kept" [b, t], False for padding. With ``ctx.record``
+        the queries are there too, "q" [b, t, n, h], which no cache has a place for.
 
         Args:
           x_btd: tokens.
@@ -50,7 +51,8 @@ class Attention(nn.Module):
             each row are in use, "filled" [b].
           ctx: its mask is about the new tokens.
           given: keys and values to use instead of the tokens' own, {"k", "v"} [b, n, g, h] for
-            a mask [b, t, n]; nothing of this call then belongs into a cache.
+            a mask [b, t, n]; nothing of this call then belongs into a cache. With
+            ``ctx.place_bc`` those of the tokens are replaced by their own, which are returned.
         """
         cfg, num = self.config, len(self.config.modalities)
         n, g, h = cfg.num_heads, cfg.kv_heads, cfg.head_dim
@@ -69,7 +71,7 @@ class Attention(nn.Module):
             (num if self.untie.out else 1, n, h, d),
             param_dtype(cfg),
         )
-        parts = (n,) if given else (n, g, g)
+        parts = (n,) if given and ctx.place_bc is None else (n, g, g)
         q, *keys_and_values = self._heads(x_btd, qkv_mdnh[:, :, : sum(parts)], parts, ctx)
         if cfg.qk_norm != "none":
             scales = num if self.untie.norms else 1
@@ -82,7 +84,7 @@ class Attention(nn.Module):
             q = Norm(**options, name="q_norm")(q, ctx.modality_bt)
         q = self._rotate(q, ctx)
         rows = {}
-        if given:
+        if given and ctx.place_bc is None:
             k, v = given["k"], given["v"]
         else:
             k, v = keys_and_values
@@ -90,6 +92,11 @@ class Attention(nn.Module):
                 k = Norm(**options, name="k_norm")(k, ctx.modality_bt)
             k = self._rotate(k, ctx)
             rows = {"k": k, "v": v, "kept": ctx.valid_bt}
+            if ctx.record:
+                rows["q"] = q
+            if given and ctx.place_bc is not None:
+                k = put_rows(given["k"], k, ctx.place_bc, ctx.valid_bt)
+                v = put_rows(given["v"], v, ctx.place_bc, ctx.valid_bt)
         mask_bts = ctx.mask_bts
         if cache is not None:
             slots = cache["k"].shape[1]

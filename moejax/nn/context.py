@@ -19,10 +19,13 @@ class Context(struct.PyTreeNode):
     holds the weights of experts that several layers share, of which this is number ``pool_index``;
     ``depth_router`` those of a router of all blocks that skip tokens. ``ffn_gate_bt`` multiplies
     what a block's feed-forward branch adds. With ``record``, blocks give what they decided for each
-    token in their aux; with ``keep_rows`` keys and values, in training too. ``layer`` is the number
-    of the block; ``row_length`` how many tokens a row is going to have, where these are the first
-    of it. In decoding ``stored`` has the parameters of the block, stacked with those of the other
-    layers of its segment, of which it is number ``repeat``: what skips a block need not read them.
+    token in their aux, and queries beside their keys; with ``keep_rows`` keys and values, in
+    training too. ``layer`` is the number of the block; ``row_length`` how many tokens a row is
+    going to have, where these are the first of it; ``place_bc`` where in the row the tokens stand,
+    if their keys replace given ones. In decoding ``stored`` has the parameters of a block, stacked
+    with those of the other layers of its segment, of which it is number ``repeats`` (of segments
+    inside of segments one number each): what skips a block need not read them. ``skippable`` layers
+    are not run at all where no token is valid.
     """
 
     tokens_bt: jax.Array
@@ -36,13 +39,15 @@ class Context(struct.PyTreeNode):
     rng: jax.Array | None
     step: jax.Array | None = None
     ffn_gate_bt: jax.Array | None = None
+    place_bc: jax.Array | None = None
     depth_router: Any = None
     pool: Any = None
     stored: Any = None
-    repeat: jax.Array | int = 0
+    repeats: tuple[jax.Array, ...] = ()
     pool_index: int = struct.field(pytree_node=False, default=0)
     train: bool = struct.field(pytree_node=False, default=False)
     record: bool = struct.field(pytree_node=False, default=False)
     keep_rows: bool = struct.field(pytree_node=False, default=False)
+    skippable: bool = struct.field(pytree_node=False, default=False)
     layer: jax.Array | int = 0
     row_length: int | None = struct.field(pytree_node=False, default=None)

@@ -5,6 +5,7 @@ few tokens, at their own positions -> what it did, weighed, added to theirs. The
 unchanged.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -141,12 +142,13 @@ class DepthBlock(nn.Module):
         fold = lambda value: value.reshape(b // rows, rows * t, *value.shape[2:])
         selection = select(fold(kept_bt), room, fold(score_bt), fold(protected_bt))
         block = make_block(cfg, depth.block, "block")
+        stored = None if ctx.stored is None else ctx.stored["block"]
         out, carry, state, inner_aux = run_selected(
-            block,
+            functools.partial(run_or_skip, block),
             fold(x_btd),
             jax.tree.map(fold, carry),
             layer_state,
-            _folded(ctx, rows),
+            _folded(ctx, rows).replace(stored=stored),
             selection,
             fold(gate_bt),
             cfg,
@@ -309,7 +311,7 @@ def run_selected(
     """A block on the selected tokens alone; (x, carry, state, aux) as of any block.
 
     Args:
-      run: the block, a Linen module.
+      run: the block.
       x_btd: all tokens.
       carry: as of a block, of all tokens.
       layer_state: of the block.
@@ -331,7 +333,7 @@ def run_selected(
     else:
         weight_bc = jnp.where(kept_bc, few(gate_bt), 0)
     before, carry_before = few(x_btd), jax.tree.map(few, carry)
-    after, carry_after, state, aux = _run_or_skip(run, before, carry_before, layer_state, own)
+    after, carry_after, state, aux = run(before, carry_before, layer_state, own)
     update_bcd = after - before if depth.branch == "delta" else after
     base = x_btd
     if weighed_bt is not None:
@@ -357,6 +359,8 @@ def _few(value: jax.Array, index_bc: jax.Array) -> jax.Array:
 def who_runs(selection: Selection, t: int) -> jax.Array:
     """[b, t]: the tokens of a selection that are kept."""
     index_bc, kept_bc = selection
+    if kept_bc.shape[1] == t:
+        return kept_bc
     row_b1 = jnp.arange(kept_bc.shape[0])[:, None]
     kept_bt = jnp.zeros((kept_bc.shape[0], t), bool)
     return kept_bt.at[row_b1, index_bc].set(kept_bc, unique_indices=True)
@@ -386,21 +390,17 @@ def _selected_context(
     )
 
 
-def _run_or_skip(run: Any, x_bcd, carry: dict, layer_state: dict, ctx: Context):
+def run_or_skip(block: nn.Module, x_bcd, carry: dict, layer_state: dict, ctx: Context):
     """The block; in decoding nothing at all where no token of the batch runs it."""
-    if not is_cached(layer_state) or run.is_initializing():
-        return run(x_bcd, carry, layer_state, ctx)
-    module, others = run.clone(parent=None), dict(run.variables)
-    del others["params"]
+    if not is_cached(layer_state) or block.is_initializing():
+        return block(x_bcd, carry, layer_state, ctx)
+    module, variables = block.clone(parent=None), dict(block.variables)
+    own = ctx.replace(stored=None, repeats=(), skippable=False)
 
     def all_of_it(x_bcd, carry):
-        # Not the layer's own: a scan copies them out of their stack before anyone has chosen.
-        params = jax.tree.map(
-            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, ctx.repeat, keepdims=False),
-            ctx.stored[run.name],
-        )
-        own = ctx.replace(stored=None)
-        return module.apply({**others, "params": params}, x_bcd, carry, layer_state, own)
+        # Not the block's own: a scan copies them out of their stack before anyone has chosen.
+        variables["params"] = jax.tree.map(lambda leaf: leaf[ctx.repeats], ctx.stored)
+        return module.apply(variables, x_bcd, carry, layer_state, own)
 
     def nothing(x_bcd, carry):
         _, _, state, aux = jax.eval_shape(all_of_it, x_bcd, carry)

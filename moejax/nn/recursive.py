@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,14 +10,15 @@ import jax.numpy as jnp
 
 from moejax import axes
 from moejax.config.checks import require
-from moejax.config.depth import DepthConfig, RecursionConfig
+from moejax.config.depth import STEP_BIAS, DepthConfig, RecursionConfig
 from moejax.config.trunk import TrunkConfig
-from moejax.depth import choose, gate_of, number_of, select
+from moejax.depth import Selection, choose, gate_of, number_of, select, warmed_up
 from moejax.nn.block import BLOCKS
 from moejax.nn.context import Context
 from moejax.nn.depth import Scores, decide, find_room, is_cached, run_selected, who_runs
 from moejax.nn.layers import fan_in_normal, param_dtype, partitioned
 from moejax.nn.stack import Stack
+from moejax.ops.attention import put_rows
 
 # Dropout differs from step to step.
 _STEP = 256
@@ -33,21 +34,59 @@ class RecursiveBlock(nn.Module):
       step's own, and the best, a share of the whole row, run it: ``x <- x + g F(x)`` as
       ``model.depth`` has it (eq. 2.1; the first step takes all, and is weighed too).
     - "token": one router at the start gives each token its number of steps i, the arg max of p =
-      softmax(W x): ``x <- F(x)`` so often, then ``x_0 + p_i x`` (the authors' code; eq. 2.2 weighs
-      each step, ``gate_steps``).
+      softmax(W x), to which a controller may add a bias: ``x <- F(x)`` so often, then ``x_0 + p_i
+      x`` (the authors' code). With ``gate_steps`` it is ``x <- p_r F(x)`` in step r, then ``x_0 +
+      x`` (eq. 2.2).
 
-    Shared keys and values are those of the first step, of all tokens.
+    Shared keys and values are those of the first step, of all tokens; with ``update_kv`` those of
+    the last step that a token ran.
     """
 
     config: TrunkConfig
 
     @nn.compact
     def __call__(self, x_btd: jax.Array, carry: dict, layer_state: dict, ctx: Context):
-        run = {"none": self._plain, "expert": self._expert, "token": self._token}
-        x_btd, state, aux = run[self.config.recursion.router](x_btd, layer_state, ctx)
-        return x_btd, carry, state, aux
+        cfg, depth, recursion = self.config, self.config.depth, self.config.recursion
+        layers, states, shared, kept, decisions = self._layers(), {}, {}, [], []
+        ones_bt = jnp.ones(x_btd.shape[:2], param_dtype(cfg))
+        depths = self._depths(x_btd) if recursion.router == "token" else None
+        begin_btd, alive_bt, cached = x_btd, ctx.valid_bt, is_cached(layer_state)
+        for index in range(recursion.steps):
+            own = layer_state.get(f"step_{index}", {})
+            score_bt, gate_bt = ones_bt, ones_bt
+            if recursion.router == "expert":
+                alive_bt, score_bt, sums = self._best(index, x_btd, alive_bt, cached, ctx)
+                gate_bt = gate_of(depth.gate, score_bt, depth.gate_scale)
+                decisions += [sums] if sums else []
+            if depths is not None:
+                alive_bt, score_bt = alive_bt & (depths.steps_bt > index), depths.weight_bt
+            alive_bt, room = self._room(index, alive_bt, own, ctx)
+            selection = select(alive_bt, room, score_bt)
+            # Who finds no room is done.
+            alive_bt = who_runs(selection, x_btd.shape[1])
+            x_btd, state = self._step(
+                layers, index, x_btd, layer_state, shared, ctx, selection, gate_bt
+            )
+            if depths is not None and recursion.gate_steps:
+                weight_bt = jnp.where(alive_bt, depths.probs_btr[..., index], 1)
+                x_btd = x_btd * weight_bt[..., None].astype(x_btd.dtype)
+            shared = state if index == 0 or recursion.update_kv else shared
+            states[f"step_{index}"] = state
+            kept.append(alive_bt)
+        aux: dict[str, Any] = {}
+        if depths is not None:
+            weight_bt = ones_bt if recursion.gate_steps else depths.weight_bt
+            ended_btd = begin_btd + x_btd * weight_bt[..., None].astype(x_btd.dtype)
+            # Padding, and tokens without room in the first step.
+            x_btd = jnp.where(kept[0][..., None], ended_btd, begin_btd)
+            aux["recursion"] = recursion_sums(depths.logits_btr, depths.steps_bt, ctx.valid_bt)
+        if decisions:
+            aux["sums"] = jax.tree.map(lambda *one: jnp.stack(one), *decisions)
+        if ctx.record and recursion.router != "none":
+            aux["kept"] = jnp.stack(kept)
+        return x_btd, carry, {} if ctx.train else states, {"depth": aux} if aux else {}
 
-    def _layers(self, layer_state: dict) -> nn.Module:
+    def _layers(self) -> nn.Module:
         cfg = self.config
         own = dataclasses.replace(
             cfg,
@@ -55,24 +94,77 @@ class RecursiveBlock(nn.Module):
             block_pattern=(cfg.depth.block,),
             first_blocks=(),
             last_blocks=(),
-            # A loop inside of a choice begins with a copy of all weights that it reads.
-            unroll=cfg.unroll or is_cached(layer_state),
         )
         return _Layers(own, name="layers")
 
-    def _step(self, layers, index: int, x_btd, first: dict, layer_state, ctx, selection, gate_bt):
+    def _best(self, index: int, x_btd, alive_bt, cached: bool, ctx: Context):
+        """The router "expert" of a step: who runs it, scores [b, t], sums of the decision."""
+        depth = self.config.depth
+        share: Any = self.config.recursion.shares[index]
+        scores = Scores(self.config, decides=share < 1, name=f"router_{index}")
+        score_bt, decision_bt = scores(x_btd, ctx)
+        if share == 1:
+            return alive_bt, score_bt, {}
+        if depth.warmup_steps and ctx.train and ctx.step is not None:
+            share = warmed_up(share, ctx.step, depth.warmup_steps)
+        with_sight = functools.partial(
+            choose,
+            jax.lax.stop_gradient(score_bt),
+            alive_bt,
+            share,
+            depth.rounding,
+            counted_bt=ctx.valid_bt,
+        )
+        alive_bt, sums = decide(depth, decision_bt, alive_bt, with_sight, ctx, cached=cached)
+        return alive_bt, score_bt, sums
+
+    def _depths(self, x_btd) -> "_Depths":
+        """The router "token"."""
+        cfg, steps, dtype = self.config, self.config.recursion.steps, param_dtype(self.config)
+        router_dr = self.param(
+            "router_dr",
+            partitioned(fan_in_normal((0,)), axes.EMBED, None),
+            (cfg.d_model, steps),
+            dtype,
+        )
+        logits = jnp.einsum("btd,dr->btr", x_btd.astype(dtype), router_dr, precision="highest")
+        probs = jax.nn.softmax(logits)
+        biased = probs
+        if cfg.recursion.balance.name != "none":
+            zeros = partitioned(nn.initializers.zeros, None)
+            bias_r = self.param(STEP_BIAS, zeros, (steps,), dtype)
+            biased = probs + bias_r[None, None]
+        chosen_bt = biased.argmax(axis=-1)
+        # The bias takes part in the choice alone.
+        weight_bt = jnp.take_along_axis(probs, chosen_bt[..., None], axis=-1)[..., 0]
+        return _Depths(chosen_bt + 1, weight_bt, probs, logits)
+
+    def _room(self, index: int, wanted_bt, own: dict, ctx: Context):
+        """Who finds room in a step, and its places."""
+        cfg = self.config
+        if ctx.train:
+            return wanted_bt, training_room(cfg, index, wanted_bt.shape[1])
+        return find_room(cfg.depth, _share(cfg.recursion, index), wanted_bt, own, ctx)
+
+    def _step(self, layers, index: int, x_btd, layer_state, shared, ctx, selection, gate_bt):
         """One step on the selected tokens; (x, state)."""
-        share_kv = self.config.recursion.share_kv
-        own = dict(layer_state.get(f"step_{index}", {}))
-        given = share_kv and index > 0
+        recursion = self.config.recursion
+        given = recursion.share_kv and index > 0
+        updated = given and recursion.update_kv
+        own = layer_state.get(f"step_{index}", {})
         if given:
-            own = _given(first, layer_state.get("step_0", {}))
-        rng = None if ctx.rng is None else jax.random.fold_in(ctx.rng, _STEP + index)
-        ctx = ctx.replace(rng=rng, keep_rows=share_kv and index == 0)
+            own = _given(shared, own if updated else layer_state.get("step_0", {}))
+        ctx = ctx.replace(
+            rng=None if ctx.rng is None else jax.random.fold_in(ctx.rng, _STEP + index),
+            keep_rows=recursion.share_kv and (index == 0 or updated),
+            place_bc=selection.index_bc if updated else None,
+            stored=ctx.stored and ctx.stored["layers"]["stack"],
+            skippable=recursion.router != "none",
+        )
         x_btd, _, state, _ = run_selected(
             layers, x_btd, {}, own, ctx, selection, gate_bt, self._merge(), keys_of_all=given
         )
-        return x_btd, state
+        return x_btd, _updated(shared, state, selection) if updated else state
 
     def _merge(self) -> TrunkConfig:
         """Only the router "expert" weighs a step."""
@@ -82,122 +174,31 @@ class RecursiveBlock(nn.Module):
         depth = dataclasses.replace(cfg.depth, branch="delta", gate_on="block")
         return dataclasses.replace(cfg, depth=depth)
 
-    def _states(self, states: dict, ctx: Context) -> dict:
-        return {} if ctx.train else states
 
-    def _plain(self, x_btd, layer_state: dict, ctx: Context):
-        layers, states = self._layers(layer_state), {}
-        ones_bt = jnp.ones(x_btd.shape[:2], param_dtype(self.config))
-        everyone = select(ctx.valid_bt, x_btd.shape[1])
-        for index in range(self.config.recursion.steps):
-            x_btd, states[f"step_{index}"] = self._step(
-                layers,
-                index,
-                x_btd,
-                states.get("step_0", {}),
-                layer_state,
-                ctx,
-                everyone,
-                ones_bt,
-            )
-        return x_btd, self._states(states, ctx), {}
+class _Depths(NamedTuple):
+    """What the router "token" says: numbers of steps, from 1 on, and their probabilities."""
 
-    def _expert(self, x_btd, layer_state: dict, ctx: Context):
-        cfg, depth, recursion = self.config, self.config.depth, self.config.recursion
-        layers, states, sums, kept = self._layers(layer_state), {}, [], []
-        alive_bt = ctx.valid_bt
-        for index, share in enumerate(recursion.shares):
-            scores = Scores(cfg, decides=share < 1, name=f"router_{index}")
-            score_bt, decision_bt = scores(x_btd, ctx)
-            own = layer_state.get(f"step_{index}", {})
-            if share < 1:
-                with_sight = functools.partial(
-                    choose,
-                    jax.lax.stop_gradient(score_bt),
-                    alive_bt,
-                    share,
-                    depth.rounding,
-                    counted_bt=ctx.valid_bt,
-                )
-                cached = is_cached(layer_state)
-                alive_bt, one = decide(depth, decision_bt, alive_bt, with_sight, ctx, cached=cached)
-                sums += [one] if one else []
-            alive_bt, room = self._room(index, alive_bt, own, ctx)
-            selection = select(alive_bt, room, score_bt)
-            gate_bt = gate_of(depth.gate, score_bt, depth.gate_scale)
-            x_btd, states[f"step_{index}"] = self._step(
-                layers, index, x_btd, states.get("step_0", {}), layer_state, ctx, selection, gate_bt
-            )
-            kept.append(alive_bt)
-        aux = {"sums": jax.tree.map(lambda *one: jnp.stack(one), *sums)} if sums else {}
-        return x_btd, self._states(states, ctx), _aux(aux, kept, ctx)
-
-    def _token(self, x_btd, layer_state: dict, ctx: Context):
-        cfg, recursion = self.config, self.config.recursion
-        t, dtype = x_btd.shape[1], param_dtype(self.config)
-        router_dr = self.param(
-            "router_dr",
-            partitioned(fan_in_normal((0,)), axes.EMBED, None),
-            (cfg.d_model, recursion.steps),
-            dtype,
-        )
-        logits = jnp.einsum("btd,dr->btr", x_btd.astype(dtype), router_dr, precision="highest")
-        probs = jax.nn.softmax(logits)
-        steps_bt = probs.argmax(axis=-1) + 1
-        weight_bt = probs.max(axis=-1)
-        gate_bt = weight_bt if recursion.gate_steps else jnp.ones_like(weight_bt)
-        begin, layers, states, kept = x_btd, self._layers(layer_state), {}, []
-        alive_bt = ctx.valid_bt
-        for index in range(recursion.steps):
-            alive_bt = alive_bt & (steps_bt > index)
-            own = layer_state.get(f"step_{index}", {})
-            alive_bt, room = self._room(index, alive_bt, own, ctx)
-            selection = select(alive_bt, room, weight_bt)
-            # Who finds no room is done.
-            alive_bt = who_runs(selection, t)
-            x_btd, states[f"step_{index}"] = self._step(
-                layers,
-                index,
-                x_btd,
-                states.get("step_0", {}),
-                layer_state,
-                ctx,
-                selection,
-                jnp.ones_like(gate_bt),
-            )
-            if recursion.gate_steps:
-                scale_bt = jnp.where(alive_bt, gate_bt, 1)
-                x_btd = x_btd * scale_bt[..., None].astype(x_btd.dtype)
-            kept.append(alive_bt)
-        last_bt = jnp.ones_like(weight_bt) if recursion.gate_steps else weight_bt
-        x_btd = begin + x_btd * last_bt[..., None].astype(x_btd.dtype)
-        aux = {"recursion": recursion_sums(logits, steps_bt, ctx.valid_bt)}
-        return x_btd, self._states(states, ctx), _aux(aux, kept, ctx)
-
-    def _room(self, index: int, wanted_bt, layer_state: dict, ctx: Context):
-        """Who finds room in a step, and its places."""
-        cfg = self.config
-        if ctx.train:
-            return wanted_bt, training_room(cfg, index, wanted_bt.shape[1])
-        share = _share(cfg.recursion, index)
-        return find_room(cfg.depth, share, wanted_bt, layer_state, ctx)
+    steps_bt: jax.Array
+    weight_bt: jax.Array
+    probs_btr: jax.Array
+    logits_btr: jax.Array
 
 
 def training_room(config: TrunkConfig, index: int, length: int) -> int:
     """Tokens of a row of that length that a step runs on in training."""
     recursion, share = config.recursion, _share(config.recursion, index)
-    if recursion.router == "none":
-        return length
     if recursion.router == "token":
         room = recursion.room
-        if not room:
-            return length
-        return min(length, number_of(min(1.0, room * share), length, "up"))
+        return number_of(min(1.0, room * share), length, "up") if room else length
+    if config.depth.warmup_steps:
+        return length
     return max(1, number_of(share, length, config.depth.rounding))
 
 
 def _share(recursion: RecursionConfig, index: int) -> float:
     """Of the tokens that run a step; of the router "token", if each number of steps is as usual."""
+    if recursion.router == "none":
+        return 1.0
     if recursion.router == "expert":
         return recursion.shares[index]
     return (recursion.steps - index) / recursion.steps
@@ -214,14 +215,14 @@ class _Layers(nn.Module):
         return x_btd, carry, state, aux
 
 
-def _given(first: dict, cached: dict) -> dict:
-    """The layer state of a later step: the first step's keys and values, new and cached."""
+def _given(shared: dict, cached: dict) -> dict:
+    """The layer state of a later step: keys and values of earlier steps, new and cached."""
     given = {
         segment: {
             block: {"given": {"k": rows["cache"]["k"], "v": rows["cache"]["v"]}}
             for block, rows in blocks.items()
         }
-        for segment, blocks in first.items()
+        for segment, blocks in shared.items()
     }
     for segment, blocks in cached.items():
         for block, rows in blocks.items():
@@ -229,10 +230,21 @@ def _given(first: dict, cached: dict) -> dict:
     return given
 
 
-def _aux(sums: dict[str, Any], kept: list[jax.Array], ctx: Context) -> dict:
-    if ctx.record:
-        sums = {**sums, "kept": jnp.stack(kept)}
-    return {"depth": sums} if sums else {}
+def _updated(shared: dict, own: dict, selection: Selection) -> dict:
+    """``shared`` with the keys and values of a step's own tokens in the place of theirs."""
+    put = jax.vmap(put_rows, in_axes=(0, 0, None, None))
+
+    def of_block(rows: dict, new: dict) -> dict:
+        own_rows = {name: put(rows[name], new[name], *selection) for name in ("k", "v")}
+        return {"cache": {**rows, **own_rows}}
+
+    return {
+        segment: {
+            block: of_block(rows["cache"], own[segment][block]["cache"])
+            for block, rows in blocks.items()
+        }
+        for segment, blocks in shared.items()
+    }
 
 
 def recursion_sums(logits_btr, steps_bt, valid_bt) -> dict[str, jax.Array]:
@@ -256,13 +268,18 @@ def check_recursion(config: TrunkConfig) -> None:
         f"{config.depth.block!r} cannot be run several times by model.recursion; untied or dense",
     )
     recursion: RecursionConfig = config.recursion
-    unused = ("group", "within", "modality", "room", "weigh_skipped", "warmup_steps")
+    unused = ("group", "within", "modality", "room", "weigh_skipped")
     for name in (*unused, "random_choice", "router_shared"):
         require(
             getattr(config.depth, name) == getattr(DepthConfig, name),
             f"model.depth.{name}",
             "is of 'mod', not of 'recursive'; leave it as it is by default",
         )
+    require(
+        recursion.router == "expert" or not config.depth.warmup_steps,
+        "model.depth.warmup_steps",
+        "is 0 where model.recursion.router is not 'expert'",
+    )
     require(
         not (config.depth.eval_room and recursion.share_kv),
         "model.depth.eval_room",

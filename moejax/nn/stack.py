@@ -1,5 +1,6 @@
 """The depth of a model: scans over segments of a repeating period of blocks."""
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from moejax.config.checks import require
 from moejax.config.trunk import TrunkConfig
 from moejax.nn.block import make_block
 from moejax.nn.context import Context
-from moejax.nn.depth import RouterWeights
+from moejax.nn.depth import RouterWeights, run_or_skip
 from moejax.nn.moe import Experts
 
 
@@ -72,12 +73,11 @@ class Period(nn.Module):
             rng = None if ctx.rng is None else jax.random.fold_in(ctx.rng, layer_index + i)
             own = ctx.replace(rng=rng, pool=pool, pool_index=i, layer=layer_index + i)
             if ctx.stored is not None:
-                own = own.replace(stored=ctx.stored.get(name), repeat=repeat)
+                own = own.replace(stored=ctx.stored.get(name), repeats=(*ctx.repeats, repeat))
             block = make_block(self.config, kind, name)
+            run = functools.partial(run_or_skip, block) if ctx.skippable else block
             with jax.named_scope(kind):
-                x, carry, states[name], auxes[name] = block(
-                    x, carry, layer_state.get(name, {}), own
-                )
+                x, carry, states[name], auxes[name] = run(x, carry, layer_state.get(name, {}), own)
         if ctx.train and not ctx.keep_rows:
             # Training keeps no keys and values; without this the scan would stack them all.
             states = jax.tree.map(lambda _: None, states)
@@ -101,8 +101,8 @@ class Stack(nn.Module):
         new_state, aux, carry = {}, {}, {}
         if self.config.depth.router_shared and "mod" in self.config.base_kinds():
             ctx = ctx.replace(depth_router=RouterWeights(self.config, name="depth_router")())
-        stored = {}
-        if layer_state and not self.is_initializing():
+        stored = ctx.stored
+        if stored is None and layer_state and not self.is_initializing():
             stored = meta.unbox(self.variables["params"])
         # Layer state and number are sliced, the context is not; Linen's annotation says "int".
         in_axes: Any = (0, 0, nn.broadcast)
@@ -121,7 +121,7 @@ class Stack(nn.Module):
                 unroll=segment.repeats if self.config.unroll else 1,
                 metadata_params={nn.PARTITION_NAME: axes.LAYERS},
             )
-            own = ctx.replace(stored=stored.get(name))
+            own = ctx.replace(stored=stored and stored[name])
             fresh = initial_carry(self.config, segment, x_btd)
             same = jax.tree.map(jnp.shape, carry) == jax.tree.map(jnp.shape, fresh)
             carry = carry if same else fresh

@@ -36,6 +36,18 @@ def cached_mask(
     return jnp.concatenate([filled & valid_bt[:, :, None], mask_bts], axis=-1)
 
 
+def put_rows(
+    old_btgh: Float[Array, "b t g h"],
+    new_bcgh: Float[Array, "b c g h"],
+    index_bc: Int[Array, "b c"],
+    kept_bc: Bool[Array, "b c"],
+) -> Float[Array, "b t g h"]:
+    """Keys or values of a row with those of some tokens, the ones that are kept, in their place."""
+    b, t = old_btgh.shape[:2]
+    place_bc = jnp.where(kept_bc, index_bc, t)
+    return old_btgh.at[jnp.arange(b)[:, None], place_bc].set(new_bcgh, mode="drop")
+
+
 def attend(
     q_btnh: Float[Array, "b t n h"],
     k_bsgh: Float[Array, "b s g h"],
@@ -60,7 +72,29 @@ def attend(
     return out.swapaxes(0, 1).reshape(b, t, n, h)
 
 
+def attention_maps(
+    q_btnh: Float[Array, "b t n h"], k_bsgh: Float[Array, "b s g h"], mask_bts: Bool[Array, "b t s"]
+) -> Float[Array, "b n t s"]:
+    """The weights by which :func:`attend` sums the values, in float32 or wider.
+
+    For looking at them: no program that trains or decodes holds them all. The row of a token that
+    may look at nothing is uniform.
+    """
+    b, t, n, _ = q_btnh.shape
+    return _weights(q_btnh, k_bsgh, mask_bts).reshape(b, n, t, k_bsgh.shape[1])
+
+
 def _attend(q_btnh, k_bsgh, v_bsgh, mask_bts):
+    b, t, n, h = q_btnh.shape
+    s, g = k_bsgh.shape[1:3]
+    v = v_bsgh.transpose(0, 2, 1, 3).reshape(b * g, s, h)
+    weights = _weights(q_btnh, k_bsgh, mask_bts).astype(v.dtype).reshape(b * g, n // g * t, s)
+    out = jnp.einsum("brs,bsh->brh", weights, v).reshape(b, g, n // g, t, h)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
+def _weights(q_btnh, k_bsgh, mask_bts):
+    """[b, g, n / g, t, s]."""
     b, t, n, h = q_btnh.shape
     s, g = k_bsgh.shape[1:3]
     wide = jnp.promote_types(q_btnh.dtype, jnp.float32)
@@ -69,10 +103,7 @@ def _attend(q_btnh, k_bsgh, v_bsgh, mask_bts):
     rows = n // g * t
     q = q_btnh.reshape(b, t, g, n // g, h).transpose(0, 2, 3, 1, 4).reshape(b * g, rows, h)
     k = k_bsgh.transpose(0, 2, 1, 3).reshape(b * g, s, h)
-    v = v_bsgh.transpose(0, 2, 1, 3).reshape(b * g, s, h)
     logits = jnp.einsum("brh,bsh->brs", q, k, preferred_element_type=wide)
     logits = logits.reshape(b, g, n // g, t, s) * h**-0.5
     logits = jnp.where(mask_bts[:, None, None], logits, jnp.finfo(wide).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype).reshape(b * g, rows, s)
-    out = jnp.einsum("brs,bsh->brh", weights, v).reshape(b, g, n // g, t, h)
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+    return jax.nn.softmax(logits, axis=-1)

@@ -16,6 +16,7 @@ import types
 # Importing these registers their evaluators.
 from moejax.train import (
     accuracy,
+    attention_rank,
     denoising,
     depth,
     likelihood,
@@ -39,6 +40,7 @@ sys.modules[__name__].__class__ = _Callable
 
 __all__ = [
     "accuracy",
+    "attention_rank",
     "denoising",
     "depth",
     "likelihood",

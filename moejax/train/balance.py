@@ -1,11 +1,12 @@
 """Biases of routers: parameters that no gradient moves, but a controller after each step.
 
-A bias takes part in the choice of experts and in nothing else (``model.moe.balance``). It lies
-among the parameters, so that checkpoints, sampling and ``train.init_from`` have it like them; the
-optimizer takes it as frozen. The controller sees the counts of the whole batch, summed over
-microbatches and devices.
+A bias takes part in the choice of experts (``model.moe.balance``), or of a token's number of steps
+(``model.recursion.balance``), and in nothing else. It lies among the parameters, so that
+checkpoints, sampling and ``train.init_from`` have it like them; the optimizer takes it as frozen.
+The controller sees the counts of the whole batch, summed over microbatches and devices.
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,25 +14,49 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.config.moe import SELECT_BIAS
+from moejax.config.depth import STEP_BIAS, RecursionConfig
+from moejax.config.moe import SELECT_BIAS, MoEConfig
 from moejax.routing import fair_counts, update_bias
 from moejax.train.leaves import named_leaves, path_name
 
+_BIASES = (SELECT_BIAS, STEP_BIAS)
+
 
 def controlled_rules(params: Any) -> tuple[str, ...]:
-    """What to add to ``optim.freeze``: a rule for the biases, where there are any."""
-    rule = f"/{SELECT_BIAS}$"
-    return (rule,) if any(name.endswith(f"/{SELECT_BIAS}") for name in named_leaves(params)) else ()
+    """What to add to ``optim.freeze``: rules for the biases, where there are any."""
+    found = {name.rpartition("/")[2] for name in named_leaves(params)}
+    return tuple(f"/{bias}$" for bias in _BIASES if bias in found)
 
 
 def make_controller(config: Any) -> Callable[[Any, dict], Any]:
     """``control(params, statistics) -> params`` with the biases moved; see LossSums.statistics."""
     moe = getattr(config.model, "moe", None)
-    if moe is None or moe.balance.name == "none":
+    recursion = getattr(config.model, "recursion", None)
+    moved: dict[str, Callable] = {}
+    if moe is not None and moe.balance.name != "none":
+        moved[SELECT_BIAS] = functools.partial(_of_experts, moe)
+    if recursion is not None and recursion.balance.name != "none":
+        moved[STEP_BIAS] = functools.partial(_of_steps, recursion)
+    if not moved:
         return lambda params, statistics: params
     # What the user freezes stays, biases too.
     frozen = [re.compile(rule) for rule in config.optim.freeze if "@" not in rule]
 
+    def move(path, leaf, statistics):
+        name = path_name(path)
+        # "stack/segment_0/block_0/moe/router/select_bias_e": statistics have the middle as a key.
+        router, _, bias = name.removeprefix("stack/").rpartition("/")
+        if bias not in moved or any(rule.search(name) for rule in frozen):
+            return leaf
+        return moved[bias](leaf, statistics, router).astype(leaf.dtype)
+
+    def control(params: Any, statistics: dict) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda p, x: move(p, x, statistics), params)
+
+    return control
+
+
+def _of_experts(moe: MoEConfig, bias_le: jax.Array, statistics: dict, router: str) -> jax.Array:
     def one_layer(bias_e: jax.Array, counts_me: jax.Array) -> jax.Array:
         options = dict(moe.balance.options)
         if moe.balance.name == "sign" and moe.allowed:
@@ -50,25 +75,19 @@ def make_controller(config: Any) -> Callable[[Any, dict], Any]:
             **options,
         )
 
-    def move(path, leaf, statistics):
-        name = path_name(path)
-        if not name.endswith(f"/{SELECT_BIAS}") or any(rule.search(name) for rule in frozen):
-            return leaf
-        counts_lme = statistics["routing"][_routing_of(name)]["statistics"]["chosen_me"]
-        return jax.vmap(one_layer)(leaf, counts_lme).astype(leaf.dtype)
+    return jax.vmap(one_layer)(bias_le, statistics["routing"][router]["statistics"]["chosen_me"])
 
-    def control(params: Any, statistics: dict) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda p, x: move(p, x, statistics), params)
 
-    return control
+def _of_steps(
+    recursion: RecursionConfig, bias_lr: jax.Array, statistics: dict, block: str
+) -> jax.Array:
+    name, rate = recursion.balance.name, recursion.balance.rate
+    one_layer = functools.partial(update_bias, name, rate=rate)
+    return jax.vmap(one_layer)(bias_lr, statistics["depth"][block]["recursion"]["chosen_r"])
 
 
 def controlled(params: Any, average: Any) -> Any:
     """``average`` with the biases of ``params``: a controlled value is not averaged."""
-    take = lambda path, new, old: new if path_name(path).endswith(f"/{SELECT_BIAS}") else old
+    is_bias = lambda path: path_name(path).rpartition("/")[2] in _BIASES
+    take = lambda path, new, old: new if is_bias(path) else old
     return jax.tree_util.tree_map_with_path(take, params, average)
-
-
-def _routing_of(name: str) -> str:
-    """``"stack/segment_0/block_0/moe/router/select_bias_e"`` -> the key of its statistics."""
-    return name.removeprefix("stack/").removesuffix(f"/{SELECT_BIAS}")

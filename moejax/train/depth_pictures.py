@@ -7,11 +7,13 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from moejax.analysis.charts import spread
+from moejax.data.vocabulary import BOI, EOI
 from moejax.train.routing_pictures import panels_of
 
-# Side of a picture, space between two, height of a line; blocks that have a column or a line.
-_SIDE, _GAP, _LINE, _MOST_BLOCKS = 96, 10, 18, 8
-_INK, _FAINT, _RAN = "#202020", "#b8b8b8", "#d4e6f4"
+# Side of a picture, space between two, between two frames of a clip, height of a line; blocks that
+# have a column or a line.
+_SIDE, _GAP, _NARROW, _LINE, _MOST_BLOCKS = 96, 14, 2, 18, 8
+_INK, _FAINT, _RAN, _EDGE = "#202020", "#b8b8b8", "#d4e6f4", "#d8d8d8"
 
 
 def draw_blocks(
@@ -34,6 +36,8 @@ def draw_tokens(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A line of pictures for each block, what skipped it faded to white; then words, the same.
 
+    Frames of a clip lie close together.
+
     Args:
       names: of the blocks, [l].
       kept: [l, b, t] bool, who ran them.
@@ -47,7 +51,8 @@ def draw_tokens(
     font = ImageFont.load_default(12)
     labels = 16 + round(max(font.getlength(name) for name in ("as it is", *names)))
     lines = _sentences(pieces, valid)
-    wide = labels + max(len(pictures), 5) * (_SIDE + _GAP)
+    lefts = _lefts(places, int(grid.prod()))
+    wide = labels + max([5 * (_SIDE + _GAP), *(left + _SIDE + _GAP for left in lefts)])
     tall_pictures = (len(shown) + 1) * (_SIDE + _GAP) if len(pictures) else 0
     tall = _LINE + tall_pictures + len(lines) * (len(shown) + 1) * _LINE + _LINE
     canvas = Image.new("RGB", (wide, tall), "white")
@@ -59,7 +64,10 @@ def draw_tokens(
             draw.text((4, y + _SIDE // 2), name, fill=_INK, font=font, anchor="lm")
             for p, picture in enumerate(pictures):
                 ran = None if block is None else _on_grid(kept[block], places[p], grid)
-                canvas.paste(_faded(picture, ran), (labels + p * (_SIDE + _GAP), y))
+                x = labels + lefts[p]
+                # A line around it: pictures are on white, as the page is.
+                draw.rectangle((x - 1, y - 1, x + _SIDE, y + _SIDE), outline=_EDGE)
+                canvas.paste(_faded(picture, ran), (x, y))
             y += _SIDE + _GAP
     for row, columns in lines:
         for block in shown:
@@ -78,6 +86,17 @@ def draw_tokens(
             y += _LINE
         y += _LINE
     return np.asarray(canvas)
+
+
+def _lefts(places: np.ndarray, tokens: int) -> list[int]:
+    """Where each picture of so many tokens begins in a line: [p] pixels."""
+    lefts: list[int] = []
+    for p, (row, start) in enumerate(places):
+        # Between two frames of a clip there are only the marks.
+        follows = p and (row, start - tokens - len((EOI, BOI))) == tuple(places[p - 1])
+        gap = _NARROW if follows else _GAP
+        lefts.append(lefts[-1] + _SIDE + gap if lefts else 0)
+    return lefts
 
 
 def _sentences(pieces: np.ndarray, valid: np.ndarray) -> list[tuple[int, np.ndarray]]:

@@ -47,11 +47,13 @@ class EvalResult:
       values: numbers by name.
       images: pictures by name, each [h, w, 3] uint8.
       arrays: what a report or a notebook needs beside them: sets of arrays by name.
+      notes: lines for whoever reads the numbers, printed below them.
     """
 
     values: dict[str, float]
     images: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     arrays: dict[str, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def joined(self, other: "EvalResult") -> "EvalResult":
         """Both together."""
@@ -59,6 +61,7 @@ class EvalResult:
             {**self.values, **other.values},
             {**self.images, **other.images},
             {**self.arrays, **other.arrays},
+            self.notes + other.notes,
         )
 
     def __post_init__(self):
@@ -209,7 +212,7 @@ def evaluate(context: EvalContext) -> dict[str, float]:
 
 
 def run_evaluators(context: EvalContext, plans: Sequence[EvalPlan]) -> EvalResult:
-    """The values of ``plans`` by their names in metrics.jsonl less ``eval/``, and their pictures.
+    """The values of ``plans`` by their names in metrics.jsonl less ``eval/``, pictures and notes.
 
     A picture is called ``SPLIT/NAME``, also that of ``eval.split``: pictures of several splits
     share a folder. So are arrays.
@@ -220,6 +223,7 @@ def run_evaluators(context: EvalContext, plans: Sequence[EvalPlan]) -> EvalResul
     values: dict[str, float] = {}
     images: dict[str, np.ndarray] = {}
     arrays: dict[str, dict[str, np.ndarray]] = {}
+    notes: tuple[str, ...] = ()
     owners: dict[str, str] = {}
     with jax.set_mesh(context.mesh):
         for plan in plans:
@@ -230,7 +234,8 @@ def run_evaluators(context: EvalContext, plans: Sequence[EvalPlan]) -> EvalResul
             values.update(own)
             images.update({f"{plan.split}/{name}": image for name, image in result.images.items()})
             arrays.update({f"{plan.split}/{name}": held for name, held in result.arrays.items()})
-    return EvalResult(values, images, arrays)
+            notes += tuple(plan.prefix + note for note in result.notes)
+    return EvalResult(values, images, arrays, notes)
 
 
 def _claim(owners: dict[str, str], names: Iterable[str], evaluator: str) -> None:

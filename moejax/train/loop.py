@@ -333,6 +333,8 @@ class _Run:
         if values:
             split = self.config.eval.split
             self.progress.say(f"evaluation on {split} at step {done}\n{format_table(values)}")
+        for note in result.notes:
+            self.progress.say(note)
         for path in paths:
             self.progress.say(f"samples at step {done}: {path}")
         if self.patience.limit and self.patience.since:

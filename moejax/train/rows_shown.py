@@ -10,8 +10,8 @@ from moejax.config.schema import Config
 from moejax.data.vocabulary import BOA, BOI, BOS, EOA, EOI, EOS
 from moejax.train.evaluate import EvalContext
 
-# Pictures of a batch that are shown.
-PICTURES = 6
+# Pictures of a batch that are shown: two clips of four frames, say.
+PICTURES = 8
 _MARKS = {BOS: "BOS", EOS: "EOS", BOI: "BOI", EOI: "EOI", BOA: "BOA", EOA: "EOA"}
 
 

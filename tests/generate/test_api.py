@@ -1,10 +1,12 @@
 """The functions of notebooks: captions to pictures, pictures to captions, interleaved parts."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
 
+from moejax.config.schema import DataConfig
 from moejax.data.text_tokenizer import TextTokenizer
 from moejax.data.vocabulary import BOI, EOI, EOS
 from moejax.errors import UserError
@@ -15,6 +17,7 @@ from moejax.generate.api import (
     sample_images,
     split_parts,
 )
+from moejax.generate.samples import Request, sample_mode
 from moejax.generate.sampling import Sampling
 
 
@@ -85,6 +88,57 @@ def test_captions_are_not_empty_and_not_too_long(sampler):
     assert all(1 <= len(caption) <= 6 for caption in captions)
     again = caption_images(sampler, PICTURES[:1], seed=2, max_text_tokens=5)
     assert again == captions[:1]
+
+
+def test_a_clip_has_one_caption_of_all_its_frames(sampler):
+    clip = PICTURES[:2]
+    greedy = functools.partial(
+        caption_images, sampler, sampling=Sampling(temperature=0.0), max_text_tokens=5
+    )
+    found = greedy([clip, clip[::-1], clip[:1], PICTURES[2]])
+    # The order of the frames counts, and those after the first.
+    assert len(set(found[:3])) == 3
+    assert found[2:] == greedy(PICTURES[[0, 1, 0, 2]])[2:]
+    assert greedy([]) == []
+    with pytest.raises(UserError, match="no room for a caption in data.sequence_length=32"):
+        caption_images(sampler, [np.concatenate([clip] * 3)])
+
+
+class Clips:
+    """Eight clips of two frames."""
+
+    name, split, version = "fake:clips", "val", "0"
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index >= len(self):
+            raise IndexError(index)
+        frames = Squares().decode(np.arange(8).reshape(2, 4) + index % 4)
+        return {"id": f"{index}", "frames": frames, "text": "abcdefgh"[index]}
+
+
+@pytest.mark.parametrize("mode", ["text2image", "image2text"])
+def test_samples_of_a_model_of_clips(sampler, mode):
+    request = Request(
+        sampler=sampler,
+        data=DataConfig(),
+        split="val",
+        prompts=(),
+        count=4,
+        sampling=Sampling(),
+        seed=0,
+        sources={"train": Clips(), "val": Clips()},
+    )
+    outcome = sample_mode(mode, request)
+    labels = [tile.label for row in outcome.grid for tile in row.tiles]
+    if mode == "image2text":
+        assert labels == ["real", "real", "its codes", "its codes"] * 4
+    else:
+        # A picture is drawn, not a clip.
+        assert sum(label.startswith("nearest") for label in labels) == 4
+        assert labels.count("real, frame 1") == 2
 
 
 def test_parts_go_on_with_texts_and_whole_pictures(sampler):

@@ -7,126 +7,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.core import meta
 
-import moejax.models  # noqa: F401  the blocks are registered
-from moejax.config.depth import DepthConfig, RecursionConfig
+from moejax.analysis.jaxpr_flops import inner_jaxprs
 from moejax.config.moe import MoEConfig
-from moejax.config.schema import Config, DecoderConfig, NextTokenConfig
+from moejax.config.schema import Config, DecoderConfig, MeshConfig, NextTokenConfig
 from moejax.errors import UserError
 from moejax.generate.cache import init_cache, write_rows
 from moejax.models.decoder import build_decoder
-from moejax.nn.block import make_block
-from moejax.nn.context import Context
-from moejax.nn.layers import modality_layout_of
 from moejax.objectives import build_objective
 from moejax.ops.attention import multimodal_mask
+from moejax.parallel.mesh import make_mesh
+from moejax.parallel.rules import state_shardings
 
-ROWS, LENGTH, D = 2, 12, 16
+from .depth_models import LENGTH, ROWS, Block, best, changed, decoder, draw, taken, tokens
+
 EXPERT = {"gate": "sigmoid", "gate_scale": 0.1, "branch": "whole"}
-
-
-def decoder(pattern=("mod",), depth=None, recursion=None, **changes) -> DecoderConfig:
-    return DecoderConfig(
-        vocab_size=40,
-        num_layers=changes.pop("num_layers", len(pattern)),
-        d_model=D,
-        num_heads=2,
-        ffn_hidden=(24,),
-        block_pattern=pattern,
-        norm_placement="pre",
-        depth=DepthConfig(**{"capacity": 0.5, **(depth or {})}),
-        recursion=RecursionConfig(**(recursion or {})),
-        **changes,
-    )
-
-
-def tokens(seed: int = 0, rows: int = ROWS) -> dict:
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(16, 40, (rows, LENGTH)).astype(np.int32)
-    segments = np.ones((rows, LENGTH), np.int32)
-    segments[0, 7:] = 2
-    batch = {
-        "tokens": ids,
-        "modality": (ids > 27).astype(np.int32),
-        "segments": segments,
-        "positions": np.tile(np.arange(LENGTH, dtype=np.int32), (rows, 1)),
-        "targets": ids,
-        "weights": np.ones((rows, LENGTH), np.float32),
-    }
-    return jax.tree.map(jnp.asarray, batch)
-
-
-def context(config, batch, **changes) -> Context:
-    return Context(
-        tokens_bt=batch["tokens"],
-        positions_bt=batch["positions"],
-        modality_bt=batch["modality"],
-        valid_bt=batch["segments"] > 0,
-        segments_bt=batch["segments"],
-        image_id_bt=None,
-        mask_bts=multimodal_mask(batch["segments"]),
-        layout=modality_layout_of(config, batch["modality"]),
-        rng=None,
-        train=True,
-    ).replace(**changes)
-
-
-def draw(shapes, seed: int = 1, scale: float = 0.3):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: jnp.asarray(rng.normal(size=x.shape) * scale, x.dtype), meta.unbox(shapes)
-    )
-
-
-class Block:
-    """One block of a kind, with random parameters."""
-
-    def __init__(self, config: DecoderConfig, kind: str = "mod", **ctx):
-        self.config, self.batch = config, tokens()
-        self.module = make_block(config, kind, None)
-        self.ctx = context(config, self.batch, **ctx)
-        self.x = jnp.asarray(np.random.default_rng(3).normal(size=(ROWS, LENGTH, D)), jnp.float32)
-        shapes = jax.eval_shape(self.module.init, jax.random.key(0), self.x, {}, {}, self.ctx)
-        self.params = draw(shapes["params"])
-
-    def __call__(self, params=None, x=None, ctx=None):
-        params = self.params if params is None else params
-        x, ctx = self.x if x is None else x, self.ctx if ctx is None else ctx
-        return self.module.apply({"params": params}, x, {}, {}, ctx)[0]
-
-    def inner(self, x, ctx, kind="untied"):
-        """The block inside, on its own."""
-        module = make_block(self.config, kind, None)
-        return module.apply({"params": self.params["block"]}, x, {}, {}, ctx)[0]
-
-    def scores(self):
-        router = self.params["router"]["own"]["router_dk"]
-        logits = np.asarray(self.x, np.float64) @ np.asarray(router, np.float64)
-        return logits[..., 0] if logits.shape[-1] == 1 else logits[..., 1] - logits[..., 0]
-
-
-def changed(out, x) -> np.ndarray:
-    return np.asarray((out != x).any(axis=-1))
-
-
-def best(scores: np.ndarray, count: int) -> np.ndarray:
-    order = np.argsort(-scores, axis=-1, kind="stable")[:, :count]
-    return np.sort(order, axis=-1)
-
-
-def taken(ctx: Context, index: np.ndarray) -> Context:
-    few = lambda v: jnp.take_along_axis(v, jnp.asarray(index), axis=1)
-    segments = few(ctx.segments_bt)
-    return ctx.replace(
-        tokens_bt=few(ctx.tokens_bt),
-        positions_bt=few(ctx.positions_bt),
-        modality_bt=few(ctx.modality_bt),
-        valid_bt=few(ctx.valid_bt),
-        segments_bt=segments,
-        mask_bts=multimodal_mask(segments),
-        layout=None,
-    )
 
 
 def test_all_tokens_with_weight_one_are_the_block_itself():
@@ -250,6 +145,64 @@ def test_gate_of_the_feed_forward_branch_is_not_of_the_attention():
     np.testing.assert_allclose(block(), alone + gate * (whole - alone), atol=1e-4)
 
 
+def test_who_finds_no_room_skips_lowest_scores_first_and_protected_ones_last():
+    """Six places: of eight pictures four are chosen, of four two; text runs without a choice."""
+    config = decoder(depth={"modality": "image", "room": 0.5})
+    block = Block(config)
+    modality = np.array([[1] * 8 + [0] * 4, [0, 0, 1, 0, 0, 1, 0, 1, 0, 1, 0, 0]])
+    ctx = block.ctx.replace(modality_bt=jnp.asarray(modality))
+    # Text is not weighed, so what it does is never nothing.
+    ran, scores = changed(block(ctx=ctx), block.x), block.scores()
+    expected = modality == 0
+    # Row 0: all text, and the best two of the four pictures.
+    expected[0, best(np.where(modality == 1, scores, -np.inf)[:1], 2)[0]] = True
+    # Row 1: eight words want to run, and no picture finds room.
+    expected[1] = False
+    expected[1, best(np.where(modality == 0, scores, -np.inf)[1:], 6)[0]] = True
+    np.testing.assert_array_equal(ran, expected)
+
+
+def test_pictures_are_seen_in_both_directions_inside_of_the_block():
+    block = Block(decoder(depth={"gate": "none"}))
+    image_id = np.array([[0, 0, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0], [1] * 5 + [0] + [2] * 6])
+    one = jnp.ones((ROWS, LENGTH), jnp.int32)
+    images = jnp.asarray(image_id)
+    ctx = block.ctx.replace(
+        segments_bt=one, image_id_bt=images, mask_bts=multimodal_mask(one, images)
+    )
+    index = best(block.scores(), LENGTH // 2)
+    few = jnp.take_along_axis(block.x, jnp.asarray(index)[..., None], axis=1)
+    got = jnp.take_along_axis(block(ctx=ctx), jnp.asarray(index)[..., None], axis=1)
+    wanted = block.inner(few, taken(ctx, index))
+    np.testing.assert_allclose(got, wanted, atol=1e-5)
+    causal = block.inner(few, taken(ctx.replace(image_id_bt=None), index))
+    seen = np.take_along_axis(image_id, index, axis=1) > 0
+    assert np.abs(causal - wanted).max(axis=-1)[seen].max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["mod", "expert"])
+def test_capacity_falls_from_all_over_the_first_steps(name):
+    """In a model: half a cosine from 1 over ten steps; without a step, and after it, as it is."""
+    recursion = {"steps": 2, "router": "expert", "capacities": (1.0, 0.5)}
+    config = {
+        "mod": decoder(("mod",), {"warmup_steps": 10, "gate": "sigmoid"}),
+        "expert": decoder(("recursive",), {**EXPERT, "warmup_steps": 10}, recursion),
+    }[name]
+    model = build_decoder(config)
+    params = draw(jax.eval_shape(model.init, jax.random.key(0), whole_rows())["params"])
+
+    @jax.jit
+    def aux(step):
+        out = model.apply({"params": params}, whole_rows(), train=True, step=step, record=True)
+        return out.aux["segment_0"]["block_0"]["depth"]
+
+    for step, share in ((0, 1.0), (5, 0.75), (10, 0.5), (1000, 0.5)):
+        found = aux(jnp.int32(step))
+        np.testing.assert_array_equal(found["sums"]["chosen"].ravel(), [share * ROWS * LENGTH])
+        kept = np.asarray(found["kept"]).reshape(-1, ROWS, LENGTH)[-1]
+        np.testing.assert_array_equal(kept.sum(axis=1), [share * LENGTH] * ROWS)
+
+
 @functools.cache
 def model_of(name: str):
     """(model, params) of a decoder around some kind of block."""
@@ -273,6 +226,12 @@ def model_of(name: str):
             **ends,
         ),
         "token": decoder(("recursive",), {}, {"steps": 3, "layers": 1, "router": "token"}, **ends),
+        "updated": decoder(
+            ("recursive",),
+            {},
+            {"steps": 3, "layers": 2, "router": "token", "share_kv": True, "update_kv": True},
+            **ends,
+        ),
     }
     model = build_decoder(configs[name])
     shapes = jax.eval_shape(model.init, jax.random.key(0), whole_rows())
@@ -289,7 +248,7 @@ def whole_rows() -> dict:
     return {**tokens(), "segments": jnp.ones((ROWS, LENGTH), jnp.int32)}
 
 
-RULES = ("router", "predictor", "threshold", "experts", "expert", "shared", "token")
+RULES = ("router", "predictor", "threshold", "experts", "expert", "shared", "token", "updated")
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -310,7 +269,7 @@ def test_training_sees_the_future_and_decoding_does_not(name):
     }
     assert moved[False][:at].max() == 0 and moved[False][at] > 1e-3
     # The highest scores are those of all tokens; how often a token runs by itself, by arg max, not.
-    assert (moved[True][:at].max() > 1e-3) == (name != "token")
+    assert (moved[True][:at].max() > 1e-3) == (name not in ("token", "updated"))
 
 
 @pytest.mark.parametrize("name", [*RULES, "room"])
@@ -336,12 +295,57 @@ def test_prefill_and_decoding_equal_the_full_forward(name):
     ]
     assert any((leaf == LENGTH).all() for leaf in filled)
     # All but shared keys: some layer has seen fewer tokens, of some models of each row others.
-    assert any((leaf < LENGTH).any() for leaf in filled) == (name != "shared")
+    all_of_them = name in ("shared", "updated")
+    assert any((leaf < LENGTH).any() for leaf in filled) != all_of_them
     if name in ("predictor", "experts", "expert", "token"):
         assert any(np.ptp(leaf) > 0 for leaf in filled)
     if name == "room":
         slots = {leaf.shape[-3] for leaf in jax.tree.leaves(cache.rows) if leaf.ndim == 5}
         assert slots == {LENGTH, 3}
+
+
+def choices(jaxpr):
+    """All ``cond`` of a program, those inside of loops and branches too."""
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if eqn.primitive.name == "cond":
+            yield eqn
+        for inner in inner_jaxprs(eqn):
+            yield from choices(inner)
+
+
+@pytest.mark.parametrize("name", ["router", "expert"])
+def test_decoding_reads_weights_after_the_choice(name):
+    """Stacks of all layers go into it; one layer that is taken out before is copied in any case."""
+    model, params = model_of(name)
+    cache = init_cache(model, params, ROWS, LENGTH)
+    one = {key: value[:, :1] for key, value in whole_rows().items() if key != "weights"}
+    step = jax.make_jaxpr(lambda p: model.apply({"params": p}, one, cache=cache.rows).logits)
+    given = {var.aval.shape for eqn in choices(step(params)) for var in eqn.invars}
+    stack = params["stack"]
+    skipped = {
+        "router": lambda: stack["segment_0"]["block_1"]["block"],
+        "expert": lambda: stack["segment_1"]["block_0"]["layers"]["stack"]["segment_0"]["block_0"],
+    }[name]()
+    shape = max(jax.tree.leaves(skipped), key=jnp.size).shape
+    assert shape in given and not {shape[1:], shape[2:]} & given
+
+
+@pytest.mark.parametrize("name", ["router", "expert"])
+def test_decoding_on_a_mesh_is_that_of_one_device(name):
+    model, params = model_of(name)
+    batch = {key: value for key, value in whole_rows().items() if key != "weights"}
+    before, last = ({k: v[:, a:z] for k, v in batch.items()} for a, z in ((0, -1), (-1, None)))
+    rows = jax.jit(lambda b: model.apply({"params": params}, b).rows)(before)
+    cache = init_cache(model, params, ROWS, LENGTH)
+    cache = write_rows(cache, rows, jnp.full((ROWS,), LENGTH - 1))
+    step = lambda p, c: model.apply({"params": p}, last, cache=c).logits
+    expected = jax.jit(step)(params, cache.rows)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    boxed = jax.eval_shape(model.init, jax.random.key(0), whole_rows())["params"]
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(params, state_shardings(mesh, boxed))
+        got = jax.jit(step)(sharded, cache.rows)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
 def test_a_cache_that_is_full_skips_the_block():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.ops.attention import attend, cached_mask, multimodal_mask
+from moejax.ops.attention import attend, attention_maps, cached_mask, multimodal_mask
 from moejax.ops.norms import layer_normalise, rms_normalise, select_by_modality
 from moejax.ops.positions import grid_positions, sincos_table
 from moejax.ops.rope import apply_rope
@@ -82,6 +82,16 @@ def test_attention_with_grouped_queries_by_loops():
                 weights = np.exp(logits - logits.max())
                 expected = weights / weights.sum() @ np.asarray(v[b, seen, n // 2])
                 np.testing.assert_allclose(got[b, t, n], expected, atol=1e-5)
+
+
+def test_maps_are_the_weights_of_the_values():
+    q, k, v = normal(0, 2, 5, 4, 8), normal(1, 2, 5, 2, 8), normal(2, 2, 5, 2, 8)
+    mask = multimodal_mask(jnp.array([[1, 1, 1, 2, 2], [1, 1, 1, 1, 1]]))
+    maps = attention_maps(q, k, mask)
+    assert maps.shape == (2, 4, 5, 5)
+    assert (np.asarray(maps)[~np.broadcast_to(mask[:, None], maps.shape)] == 0).all()
+    out = np.einsum("bnts,bsnh->btnh", maps, np.repeat(v, 2, axis=2))
+    np.testing.assert_allclose(out, attend(q, k, v, mask), atol=1e-6)
 
 
 def test_a_token_that_sees_nothing_stays_finite_in_value_and_gradient():

@@ -10,6 +10,8 @@ import pytest
 from moejax.analysis.params import abstract_params
 from moejax.api import build
 from moejax.config import load_config
+from moejax.data.build import build_pipeline
+from moejax.data.vocabulary import BOI
 from moejax.depth import recursion_indices
 
 LENGTH = 24
@@ -92,15 +94,18 @@ def test_later_steps_have_fewer_tokens(arg):
     np.testing.assert_array_equal(counts["chosen"], [2 * 16, 2 * 8])
 
 
-def test_mor_gives_each_token_its_number_of_steps():
-    model, _, out, losses = trained("mor:token")
+@pytest.mark.parametrize("arg, balance_loss", [("token", 0.1), ("token_free", 0.0)])
+def test_mor_gives_each_token_its_number_of_steps(arg, balance_loss):
+    _, params, out, losses = trained(f"mor:{arg}")
+    block = params["stack"]["segment_1"]["block_0"]
+    assert ("select_bias_r" in block) == (arg == "token_free")
     sums = out.aux["segment_1"]["block_0"]["depth"]["recursion"]
     assert float(sums["chosen_r"].sum()) == float(sums["count"].sum()) == 2 * LENGTH
     values, count = losses.derived_values(), 2 * LENGTH
     f, p = np.asarray(sums["chosen_r"][0]) / count, np.asarray(sums["probs_r"][0]) / count
     assert float(values["depth/balance"]) == pytest.approx(3 * (f * p).sum(), rel=1e-5)
     coefficients = {term.name: term.coefficient for term in losses.derived}
-    assert (coefficients["depth/balance"], coefficients["depth/z"]) == (0.1, 1e-5)
+    assert (coefficients["depth/balance"], coefficients["depth/z"]) == (balance_loss, 1e-5)
 
 
 SHARING = [
@@ -172,6 +177,66 @@ def test_gamma_mod_has_one_router():
 
 
 def test_videollm_mod_takes_a_fifth_of_a_frame():
-    counts = choices("videollm_mod")
+    # Rows of this file are not those of clips, which it has places for.
+    counts = choices("videollm_mod", ("model.depth.room", 0.0))
     np.testing.assert_array_equal(counts["count"], [30, 30])
     np.testing.assert_array_equal(counts["chosen"], [2 * (2 + 1)] * 2)
+
+
+class Brightness:
+    """So many codes a side of a picture: the mean red value of each square."""
+
+    num_codes = 256
+
+    def __init__(self, side: int):
+        self.side, self.codes_per_image, self.version = side, side * side, f"red {side}"
+
+    def encode(self, images):
+        n = self.side
+        squares = images[..., 0].reshape(-1, n, 32 // n, n, 32 // n).mean(axis=(2, 4))
+        return squares.reshape(-1, n * n).astype(np.int32)
+
+
+def on_clips(side: int, **sizes):
+    """(batch of clips, output of a training forward on it) of a tiny videollm_mod."""
+    # Ids of the marks, the text and the codes.
+    own = {"model.vocab_size": 16 + 4096 + 256, **sizes}
+    config = load_config("videollm_mod", {**TINY, **own})
+    clips = build_pipeline(config, "val", codec=Brightness(side)).batch(0)
+    model, _ = build(config)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype),
+        abstract_params(model, config),
+    )
+    run = jax.jit(lambda p, b: model.apply({"params": p}, b, train=True, record=True))
+    return clips, run(params, clips)
+
+
+def test_each_frame_of_a_clip_has_a_fifth_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path))
+    clips, out = on_clips(4, **{"data.sequence_length": 190, "model.depth.room": 0.0})
+    kept = np.asarray(out.aux["segment_0"]["block_1"]["depth"]["kept"])
+    is_frame, real = clips["modality"] == 1, clips["segments"] > 0
+    starts = np.argwhere((clips["tokens"] == BOI) & real)
+    # Two clips of four frames in each of two rows.
+    assert kept.shape == (2, 2, 190) and len(starts) == 16
+    for row, start in starts:
+        frame = slice(start + 1, start + 17)
+        assert is_frame[row, frame].all() and not is_frame[row, start + 17]
+        # Of 16 a fifth, rounded up.
+        np.testing.assert_array_equal(kept[:, row, frame].sum(axis=1), [4, 4])
+    assert kept[:, real & ~is_frame].all()
+
+
+def test_there_are_places_for_a_whole_clip(tmp_path, monkeypatch):
+    """As shipped, a block that runs on 0.3 of a row does what it does where all have a place."""
+    monkeypatch.setenv("MOEJAX_CACHE", str(tmp_path))
+    shipped = load_config("videollm_mod")
+    assert 0 < shipped.model.depth.room < 0.5
+    length = {"data.sequence_length": shipped.data.sequence_length}
+    clips, few = on_clips(8, **length)
+    _, all_of_it = on_clips(8, **length, **{"model.depth.room": 0.0})
+    real = clips["segments"] > 0
+    assert real.sum(axis=1).min() > 250
+    np.testing.assert_allclose(few.logits[real], all_of_it.logits[real], atol=2e-3, rtol=2e-3)

@@ -1,4 +1,4 @@
-"""The configs of layers of experts train on the built-in data: their losses fall."""
+"""The configs of layers of experts, and that of clips, train: their losses fall."""
 
 import jax
 import numpy as np
@@ -56,4 +56,9 @@ def test_thirty_steps(name, capsys):
 @pytest.mark.parametrize("name", ["deepseek_v3", "moma"])
 def test_a_few_steps_of_a_narrow_one(name):
     first, last = losses(name, 12, NARROW)
+    assert last < first - 0.3
+
+
+def test_a_few_steps_on_clips_of_two_frames():
+    first, last = losses("videollm_mod", 12, {**NARROW, "data.frames": 2})
     assert last < first - 0.3

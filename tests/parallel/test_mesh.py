@@ -87,6 +87,19 @@ KINDS = {
         depth=DepthConfig(gate="sigmoid", branch="whole"),
         recursion=RecursionConfig(steps=2, router="expert", share_kv=True),
     ),
+    # Each token has its number of steps, whose bias no loss moves.
+    "mor_token": dataclasses.replace(
+        MODEL,
+        block_pattern=("recursive",),
+        recursion=RecursionConfig(
+            steps=2,
+            router="token",
+            room=1.2,
+            share_kv=True,
+            update_kv=True,
+            balance=BalanceConfig("sign"),
+        ),
+    ),
 }
 
 
