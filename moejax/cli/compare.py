@@ -48,6 +48,12 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--schedule", choices=("constant", "wsd"), default="constant", help="of the learning rate"
     )
+    parser.add_argument(
+        "--also",
+        default="",
+        metavar="METRIC,METRIC",
+        help="report these at the end of training too, e.g. image/accuracy,test/image/accuracy",
+    )
     # `--config.a.b=v` without --config: it changes all arms.
     parser.set_defaults(config=None)
     parser.add_argument(
@@ -64,7 +70,14 @@ def run(argv: Sequence[str]) -> int:
     from moejax.analysis.compare.tables import comparison_markdown
 
     specs = arms_of(args.configs, args.arm)
-    plan = plan_from(args, specs, match=args.match, schedule=args.schedule, width=args.width)
+    plan = plan_from(
+        args,
+        specs,
+        match=args.match,
+        schedule=args.schedule,
+        width=args.width,
+        also=tuple(filter(None, map(str.strip, args.also.split(",")))),
+    )
     default = folder_name("_".join(spec.name for spec in specs))[:_LONGEST_NAME]
     workdir = Path(args.workdir or Path("runs") / f"compare_{default}")
 

@@ -2,11 +2,11 @@
 
 Reported for the split, over its pictures that have a label:
 
-* ``accuracy``: the share whose class has the highest logit; ``top5_accuracy``: the five highest
-  (of equal logits the lower class is first);
-* ``loss``: nats a picture, of the softmax and without smoothing;
-* ``majority_...``: the same for a guess that knows the frequencies of the classes in the training
-  split alone.
+* ``image/accuracy``: the share whose class has the highest logit; ``image/top5_accuracy``: the five
+  highest (of equal logits the lower class is first);
+* ``image/loss``: nats a picture, of the softmax and without smoothing;
+* ``image/majority_...``: the same for a guess that knows the frequencies of the classes in the
+  training split alone.
 """
 
 from typing import Any
@@ -52,7 +52,7 @@ def accuracy(context: EvalContext) -> dict[str, float]:
             row = [values[name] for name in (*QUANTITIES, "pictures")]
             sums[prefix] += np.asarray(row, np.float64)
     return {
-        prefix + name: float(total / values[-1]) if values[-1] else float("nan")
+        f"image/{prefix}{name}": float(total / values[-1]) if values[-1] else float("nan")
         for prefix, values in sums.items()
         for name, total in zip(QUANTITIES, values[:-1], strict=True)
     }
@@ -70,7 +70,7 @@ def check(config: Config) -> None:
 def metric_names(config: Config) -> list[str]:
     """What :func:`accuracy` returns."""
     del config
-    return [prefix + name for prefix in ("", "majority_") for name in QUANTITIES]
+    return [f"image/{prefix}{name}" for prefix in ("", "majority_") for name in QUANTITIES]
 
 
 accuracy.check = check

@@ -37,7 +37,7 @@ LOG_FILE = "train.log"
 # In the workdir of a run that diverged: why. It is not run again.
 FAILED_FILE = "failed.txt"
 # What may change between two invocations: more seeds, rates and arms are added to what is there.
-_MAY_GROW = ("seeds", "rates", "arms", "baseline")
+_MAY_GROW = ("seeds", "rates", "arms", "baseline", "also")
 
 
 class Stopped(Exception):
@@ -140,7 +140,7 @@ class _Work:
         """The sweep of the learning rate with seed 0, then the other seeds at the best one."""
         print(
             f"arm {arm.name}: {arm.steps} steps, {arm.flops:.3g} training FLOPs, "
-            f"{arm.tokens:,} tokens a run",
+            f"{arm.tokens:,} {arm.unit} a run",
             flush=True,
         )
         tried, rate = choose_rate(self.plan, arm, self.trained_score)

@@ -83,26 +83,26 @@ def test_by_hand():
     table[6, :6] = [6, 5, 4, 3, 2, 1]  # wrong, and class 6 is the last
     got = values(table, [0, 1, 2, 6, 6], [3, 3, 3, 6, 0])
     assert set(got) == set(metric_names(make_config()))
-    assert got["accuracy"] == pytest.approx(1 / 5)
+    assert got["image/accuracy"] == pytest.approx(1 / 5)
     # All logits of label 2 are equal, so that it is the third.
-    assert got["top5_accuracy"] == pytest.approx(3 / 5)
+    assert got["image/top5_accuracy"] == pytest.approx(3 / 5)
     last = math.log(sum(math.exp(i) for i in range(7)))
     nats = [math.log(2), math.log(6 + math.exp(5)), math.log(7), last, last]
-    assert got["loss"] == pytest.approx(sum(nats) / 5, rel=1e-5)
+    assert got["image/loss"] == pytest.approx(sum(nats) / 5, rel=1e-5)
     # Counts of classes 0, 3, 6 in training, each one more: 2, 4, 2 of 12; the others 1.
-    assert got["majority_accuracy"] == 0
+    assert got["image/majority_accuracy"] == 0
     # 3, then 0 and 6, then 1 and 2.
-    assert got["majority_top5_accuracy"] == 1
+    assert got["image/majority_top5_accuracy"] == 1
     nats = [math.log(12 / 2), math.log(12), math.log(12), math.log(12 / 2), math.log(12 / 2)]
-    assert got["majority_loss"] == pytest.approx(sum(nats) / 5, rel=1e-5)
+    assert got["image/majority_loss"] == pytest.approx(sum(nats) / 5, rel=1e-5)
 
 
 def test_filler_rows_do_not_count():
     right = 9 * np.eye(CLASSES)
-    assert values(right, [1] * 5, [1])["accuracy"] == 1
+    assert values(right, [1] * 5, [1])["image/accuracy"] == 1
     # Fillers repeat the first record, which is wrong here.
     right[2] = -right[2]
-    assert values(right, [2, 1, 1, 1, 1], [1])["accuracy"] == pytest.approx(4 / 5)
+    assert values(right, [2, 1, 1, 1, 1], [1])["image/accuracy"] == pytest.approx(4 / 5)
 
 
 def test_mistakes():

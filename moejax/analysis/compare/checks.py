@@ -55,22 +55,36 @@ def check_overrides(specs: Sequence[ArmSpec], overrides: Sequence[str]) -> None:
             raise UserError(f"{field}: is set by the comparison; see {_OWN_FIELDS[field]}")
 
 
-def check_configs(specs: Sequence[ArmSpec], configs: Sequence[Config], schedule: str) -> None:
-    """UserError unless all arms are decoders on the same data, judged by the same losses."""
+def check_configs(
+    specs: Sequence[ArmSpec], configs: Sequence[Config], schedule: str, also: Sequence[str] = ()
+) -> None:
+    """UserError unless all arms are models of modalities on the same data, judged alike."""
     if schedule == "wsd" and configs[0].optim.decay_fraction > _LONGEST_DECAY:
         raise UserError(
             f"optim.decay_fraction: {configs[0].optim.decay_fraction:g} leaves too few evaluations "
             f"before the decay; at most {_LONGEST_DECAY:g} with --schedule wsd"
         )
     for arm, config in zip(specs, configs, strict=True):
-        if config.model.name != "decoder":
-            raise UserError(f"--configs {arm.spec}: compares decoders, not a {config.model.name}")
+        if not getattr(config.model, "modalities", ()):
+            raise UserError(
+                f"--configs {arm.spec}: compares models of modalities, not a {config.model.name}"
+            )
         check_evaluators(config)
-        if missing := missing_losses(config):
+        measured = measured_names(config)
+        if measured is None:
+            continue
+        losses = [f"{name}/loss" for name in config.model.modalities]
+        if missing := [name for name in losses if name not in measured]:
             raise UserError(
                 f"eval.metrics: no evaluator of {arm.name} gives {' or '.join(missing)}; use "
-                "likelihood, with denoising for pictures as latents"
+                "likelihood (with denoising for pictures as latents), accuracy for classes"
             )
+        for name in also:
+            if name not in measured:
+                raise UserError(
+                    f"--also {name}: no evaluator of {arm.name} gives it"
+                    f"{did_you_mean(name, measured)}"
+                )
     for arm, config in zip(specs[1:], configs[1:], strict=True):
         check_alike(specs[0].name, configs[0], arm.name, config)
 
@@ -87,15 +101,15 @@ def check_names(specs: Sequence[ArmSpec]) -> None:
             raise UserError(f"--arm {arm.name}: give it a name with letters or digits")
 
 
-def missing_losses(config: Config) -> list[str]:
-    """The losses of modalities that no evaluator of the config measures, as far as they say."""
+def measured_names(config: Config) -> set[str] | None:
+    """What the evaluators of the config measure; None where one of them does not say."""
     measured: set[str] = set()
     for plan in eval_plans(config.eval):
         names = getattr(EVALUATORS.get(plan.name), "metric_names", None)
         if names is None:
-            return []
+            return None
         measured |= {plan.prefix + name for name in names(config)}
-    return [f"{name}/loss" for name in config.model.modalities if f"{name}/loss" not in measured]
+    return measured
 
 
 def check_alike(baseline: str, first: Config, arm: str, other: Config) -> None:

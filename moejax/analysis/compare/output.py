@@ -1,12 +1,19 @@
-"""Writes what a comparison has found: comparison.csv, summary.json, .md, .png and index.html."""
+"""Writes what a comparison has found: comparison.csv, summary.json, .md, .png, index.html ..."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 from moejax.analysis.compare.figures import comparison_png
 from moejax.analysis.compare.plan import Plan
-from moejax.analysis.compare.results import ArmResult, Row, evaluation_rows, summary_rows
+from moejax.analysis.compare.results import (
+    ArmResult,
+    Row,
+    evaluation_rows,
+    final_rows,
+    summary_rows,
+)
 from moejax.analysis.compare.tables import (
+    FINAL_HEAD,
     HEAD,
     NUMBERS,
     RATE_HEAD,
@@ -15,6 +22,7 @@ from moejax.analysis.compare.tables import (
     comparison_markdown,
     csv_text,
     describe,
+    final_cells,
     rate_cells,
     title,
 )
@@ -36,6 +44,8 @@ def write_comparison(plan: Plan, results: Sequence[ArmResult], workdir: Path) ->
         "comparison.md": comparison_markdown(plan, results, rows),
         "index.html": _html(plan, results, rows, png),
     }
+    if plan.also:
+        texts["final.csv"] = csv_text(final_rows(results, plan.also))
     for name, text in texts.items():
         replace_file(workdir / name, lambda path, text=text: path.write_text(text, "utf-8"))
     replace_file(workdir / "comparison.png", lambda path: path.write_bytes(png))
@@ -63,6 +73,9 @@ def _html(plan: Plan, results: Sequence[ArmResult], rows: Sequence[Row], png: by
         Section("rates", "Arms", table(RATE_HEAD, rate_cells(results), (1, 2, 3))),
         Section("runs", "Runs", table(run_head, runs, range(1, len(run_head)))),
     ]
+    if plan.also:
+        final = table(FINAL_HEAD, final_cells(results, plan.also), (2, 3))
+        sections.insert(2, Section("final", "At the end", final))
     return page(
         title(results), "a comparison of moejax", describe(plan), "", sections, "comparison"
     )

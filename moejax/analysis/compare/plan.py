@@ -69,8 +69,13 @@ class Arm:
 
     @property
     def tokens(self) -> int:
-        """Places of all batches of one run, padding included."""
+        """Places of all batches of one run, padding included; pictures, of a model of them."""
         return self.steps * positions_per_step(self.config)
+
+    @property
+    def unit(self) -> str:
+        """What ``tokens`` counts."""
+        return "tokens" if self.config.data.format == "tokens" else "pictures"
 
     def run(self, rate: float, seed: int) -> "Run":
         """The run with that learning rate and seed."""
@@ -110,6 +115,7 @@ class Plan:
       rates: learning rates that every arm tries with seed 0; one alone is taken as given.
       evaluations: asked for, of each run.
       schedule: "constant" or "wsd".
+      also: metrics of the last evaluation that are reported beside the losses.
     """
 
     arms: tuple[Arm, ...]
@@ -119,6 +125,7 @@ class Plan:
     rates: tuple[float, ...]
     evaluations: int
     schedule: str
+    also: tuple[str, ...] = ()
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -137,6 +144,7 @@ class Plan:
             "rates": list(self.rates),
             "schedule": self.schedule,
             "evaluations": self.evaluations,
+            "also": list(self.also),
             "eval": dataclasses.asdict(self.arms[0].config.eval),
             "baseline": self.arms[0].name,
             "arms": [
@@ -165,6 +173,7 @@ def make_plan(
     schedule: str = "constant",
     checkpoint_every: int = 0,
     width: int = 0,
+    also: Sequence[str] = (),
     overrides: Sequence[str] = (),
 ) -> Plan:
     """Loads every arm and gives it its steps; nothing is trained or written.
@@ -180,6 +189,7 @@ def make_plan(
       schedule: "constant" (after a rise) or "wsd", whose losses count before it decays.
       checkpoint_every: steps between checkpoints; 0: one at each evaluation.
       width: of all arms, each scaled in proportion (:func:`at_width`); 0 leaves them as they are.
+      also: metrics to report beside the losses, as they are at the end: ``image/accuracy``.
       overrides: of all arms, each ``"a.b=v"``.
 
     Raises:
@@ -191,7 +201,7 @@ def make_plan(
     if width:
         specs = [widened(arm, width, overrides) for arm in specs]
     configs = [load_config(arm.spec, [*overrides, *arm.overrides]) for arm in specs]
-    check_configs(specs, configs, schedule)
+    check_configs(specs, configs, schedule, also)
     mix = functools.cache(lambda: token_mix(configs[0]))
     per_step = [_flops_per_step(config, mix) for config in configs]
     if budget.unit == "flops":
@@ -218,11 +228,15 @@ def make_plan(
         )
     if match == "flops":
         check_flops([arm.name for arm in arms], steps, per_step, budget.amount)
-    return Plan(tuple(arms), budget, match, seeds, rates, evaluations, schedule)
+    return Plan(
+        tuple(arms), budget, match, seeds, rates, evaluations, schedule, tuple(also)
+    )
 
 
 def positions_per_step(config: Config) -> int:
-    return config.data.batch_size * config.data.sequence_length
+    """Tokens of a batch, padding included; pictures where each is a row of its own."""
+    data = config.data
+    return data.batch_size * (data.sequence_length if data.format == "tokens" else 1)
 
 
 def token_mix(config: Config) -> dict[str, float]:

@@ -40,6 +40,7 @@ class Evaluations:
         end that none was measured.
       stable: how many of them lie before the learning rate decays (all, without a decay).
       data_version: of what the run was trained on.
+      final: what was measured at the last of them, by name.
     """
 
     steps: tuple[int, ...]
@@ -47,6 +48,7 @@ class Evaluations:
     seconds_per_step: float | None
     stable: int
     data_version: str
+    final: dict[str, float]
 
     @property
     def score(self) -> float:
@@ -81,6 +83,11 @@ def read_evaluations(folder: Path, config: Config) -> Evaluations | None:
         seconds_per_step=statistics.median(seconds) if seconds else None,
         stable=max(1, stable),
         data_version=record.get("made_with", {}).get("data_version", ""),
+        final={
+            name.removeprefix("eval/"): value
+            for name, value in evaluated[-1].items()
+            if name.startswith("eval/")
+        },
     )
 
 
@@ -107,6 +114,10 @@ class ArmResult:
 
     def flops_curves(self, modality: str) -> list[Curve]:
         return [one.curve(modality, self.arm.flops_per_step) for _, one in self.runs]
+
+    def final(self, metric: str) -> list[float]:
+        """The metric at the end of the run of each seed; NaN where it was not finite."""
+        return [one.final.get(metric, math.nan) for _, one in self.runs]
 
     def seconds_curves(self, modality: str) -> list[Curve] | None:
         """None where the time of a run is not known."""
@@ -228,6 +239,16 @@ def evaluation_rows(results: Sequence[ArmResult], modalities: Sequence[str]) -> 
                         }
                     )
     return rows
+
+
+def final_rows(results: Sequence[ArmResult], metrics: Sequence[str]) -> list[dict]:
+    """The metrics at the end of every run of the chosen rates, as final.csv has them."""
+    return [
+        {"arm": result.arm.name, "seed": run.seed, "metric": metric, "value": value}
+        for metric in metrics
+        for result in results
+        for (run, _), value in zip(result.runs, result.final(metric), strict=True)
+    ]
 
 
 def choose_rate(

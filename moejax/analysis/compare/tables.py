@@ -89,6 +89,23 @@ def rate_cells(results: Sequence[ArmResult]) -> list[tuple[str, ...]]:
     return rows
 
 
+FINAL_HEAD = ("metric", "arm", "at the end", "less the baseline's")
+
+
+def final_cells(results: Sequence[ArmResult], metrics: Sequence[str]) -> list[tuple[str, ...]]:
+    """Means of the metrics at the end with intervals over seeds, and of the paired differences."""
+    rows = []
+    for metric in metrics:
+        own = results[0].final(metric)
+        for result in results:
+            values = result.final(metric)
+            less = [a - b for a, b in zip(values, own, strict=False)]
+            difference = interval_text(mean_interval(less), "{:+.4f}")
+            value = interval_text(mean_interval(values), "{:.4f}")
+            rows.append((metric, result.arm.name, value, "" if result is results[0] else difference))
+    return rows
+
+
 RATE_HEAD = ("arm", "steps", "training FLOPs", "learning rate", "mean loss of each, seed 0")
 
 
@@ -96,7 +113,7 @@ def describe(plan: Plan) -> str:
     """One sentence on what was held equal."""
     budget = f"{plan.budget.amount:g} training FLOPs"
     if plan.match != "flops":
-        budget = f"{plan.arms[0].tokens:,} tokens (not equal FLOPs)"
+        budget = f"{plan.arms[0].tokens:,} {plan.arms[0].unit} (not equal FLOPs)"
     rates = "each arm at its best learning rate" if plan.swept else "one learning rate for all"
     return (
         f"{budget} in every run; {plan.seeds} paired seed{'s' * (plan.seeds > 1)}; the same "
@@ -120,12 +137,14 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequen
 def comparison_markdown(plan: Plan, results: Sequence[ArmResult], rows: Sequence[Row]) -> str:
     """The document comparison.md."""
     table = [*baseline_cells(results[0], plan.modalities), *map(cells, rows)]
+    final = [markdown(FINAL_HEAD, final_cells(results, plan.also), (2, 3))] if plan.also else []
     return (
         "\n\n".join(
             (
                 f"# {title(results)}",
                 describe(plan),
                 markdown(HEAD, table, NUMBERS),
+                *final,
                 markdown(RATE_HEAD, rate_cells(results), (1, 2, 3)),
                 "![loss against FLOPs](comparison.png)",
             )

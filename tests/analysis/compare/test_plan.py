@@ -100,7 +100,7 @@ def test_arms_differ_in_nothing_that_the_comparison_sets():
     [
         ("quickstart,quickstart:speech", "steps=9", [], {}, "quickstart:speech .*not of the same"),
         ("quickstart", "steps=9", ["b=quickstart,data.order=text_first"], {}, "data.order=random"),
-        ("quickstart,tokenizer_fsq", "steps=9", [], {}, "compares decoders, not a fsq_auto"),
+        ("quickstart,tokenizer_fsq", "steps=9", [], {}, "compares models of modalities, not a fsq"),
         ("quickstart,mot", "steps=9", [], {"overrides": ["train.steps=3"]}, "see --budget"),
         ("quickstart", "steps=9", ["b=quickstart,data.seed=3"], {}, "see --seeds"),
         ("quickstart,quickstart", "steps=3", [], {}, "3 steps of quickstart, fewer than the 8"),
@@ -120,6 +120,8 @@ def test_arms_differ_in_nothing_that_the_comparison_sets():
         ("quickstart", "steps=9", ["b=quickstart,eval.metrics=()"], {}, "gives text/loss or image"),
         ("quickstart", "steps=9", ["b=quickstart,optim.decay_fraction=0.5"], {}, "decay_fraction"),
         ("quickstart,quickstart", "steps=9", [], {"seeds": 0}, "--seeds 0"),
+        ("vit,vmoe", "steps=9", [], {"also": ("accuracy",)}, "--also accuracy: no evaluator of vit"),
+        ("vit", "steps=9", ["b=vit,eval.metrics=()"], {}, "no evaluator of b gives image/loss"),
         ("quickstart,quickstart", "steps=9", [], {"evaluations": 1}, "needs at least 2"),
     ],
 )
@@ -127,6 +129,18 @@ def test_refusals(configs, budget, arms, options, message):
     specs = arms_of(configs, arms)
     with pytest.raises(UserError, match=message):
         make_plan(specs, parse_budget(budget), **options)
+
+
+def test_of_vision_models_pictures_are_counted():
+    """A step of theirs is a batch of pictures, whatever data.sequence_length says."""
+    specs = arms_of("vit,vmoe", [])
+    got = make_plan(specs, parse_budget("flops=1e13"), also=("image/accuracy",))
+    for arm in got.arms:
+        batch = arm.config.data.batch_size
+        assert arm.flops_per_step == 3 * flops_per_token(arm.config) * batch
+        assert (arm.tokens, arm.unit) == (arm.steps * batch, "pictures")
+    assert got.arms[1].steps < got.arms[0].steps
+    assert got.modalities == ("image",) and got.document()["also"] == ["image/accuracy"]
 
 
 def test_a_budget_that_whole_steps_miss_is_refused():

@@ -10,10 +10,11 @@ from moejax.analysis.compare.plan import make_plan
 from moejax.analysis.compare.results import (
     ArmResult,
     evaluation_rows,
+    final_rows,
     read_evaluations,
     summary_rows,
 )
-from moejax.analysis.compare.tables import HEAD, cells, ratio_text
+from moejax.analysis.compare.tables import HEAD, cells, final_cells, ratio_text
 
 TINY = ["model.num_layers=1", "model.d_model=16", "model.num_heads=2", "model.ffn_hidden=(32,)"]
 
@@ -37,6 +38,7 @@ def write(folder, losses, seconds=0.5):
         rows.append(row)
         values = zip(("text", "image"), pair, strict=True)
         found = {f"eval/{name}/loss": loss for name, loss in values if loss is not None}
+        found["eval/text/accuracy"] = i / 8
         rows.append({"step": 2 * (i + 1), "wall_time": 0.0, **found})
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "metrics.jsonl").write_text(text)
@@ -79,6 +81,26 @@ def test_rows_and_cells(tmp_path):
     assert (last["step"], last["seconds"]) == (8, 4.0)
     assert last["loss"] == pytest.approx(4.2)
     assert last["flops"] == 8 * plan.arms[1].flops_per_step
+
+
+def test_other_metrics_are_read_at_the_end(tmp_path):
+    plan, losses = make(), [FALLING, FALLING[:3]]
+    baseline = result(plan, 0, tmp_path, losses)
+    arm = result(plan, 1, tmp_path, [BETTER, BETTER])
+    rows = final_rows([baseline, arm], ["text/accuracy"])
+    assert [row["value"] for row in rows] == [3 / 8, 2 / 8, 3 / 8, 3 / 8]
+    assert [(row["arm"], row["seed"]) for row in rows][:3] == [
+        ("quickstart:dense", 0),
+        ("quickstart:dense", 1),
+        ("quickstart", 0),
+    ]
+    own, other = final_cells([baseline, arm], ["text/accuracy"])
+    # Two seeds: Student's t of one degree of freedom is 12.706, the paired differences 0 and 1/8.
+    spread = 12.706 * 0.0625
+    assert own[:2] == ("text/accuracy", "quickstart:dense") and own[3] == ""
+    assert own[2] == f"0.3125 [{0.3125 - spread:.4f}, {0.3125 + spread:.4f}]"
+    assert other[2] == "0.3750 [0.3750, 0.3750]"
+    assert other[3] == f"+0.0625 [{0.0625 - spread:+.4f}, {0.0625 + spread:+.4f}]"
 
 
 def test_losses_after_the_decay_do_not_count(tmp_path):
