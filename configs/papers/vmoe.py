@@ -4,14 +4,15 @@ Claim: with experts in place of every other MLP, chosen by each patch, a vision 
 the dense one of its quality at about half of the compute of inference.
 
     moejax train --config vmoe           # or :small: laptop CPU, Fashion-MNIST, float32
-    moejax train --config vmoe:b16       # the paper's sizes: s32 b32 b16 l32 l16 h14, bfloat16
+    moejax train --config vmoe:b16       # the paper's sizes: s32 b32 b16 l32 l16 h14 15b, bfloat16
 
 Two of eight experts by noisy softmax, importance and load losses, places for 1.05 times the even
 share, in order of the tokens; outside of training those of the highest weights are kept (batch
 priority routing). Eight pictures are routed together, and all experts begin alike. "Last n" has
 experts in the last n odd blocks, "every 2" in all of them. The sizes and the training on
 ImageNet-21k are those of the authors' code, which says "last 2" of s32 and "every 2" of b16; where
-the others have experts is inferred. Departures: no biases in the blocks, no mixup and RandAugment;
+the others have experts is inferred, and so is all of ``15b`` but its number of parameters: blocks,
+experts and widths are chosen to give it. Departures: no biases in the blocks, no mixup and RandAugment;
 at the paper's sizes there is no such data set here, so that they are for inspection.
 The dense baseline is ``vit``. Device, minutes, expected accuracy: not measured.
 """
@@ -26,6 +27,7 @@ SIZES = {
     "l32": (1024, 24, 16, 4096, 32, 0, 6e-4),
     "l16": (1024, 24, 16, 4096, 16, 0, 4e-4),
     "h14": (1280, 32, 16, 5120, 14, 0, 3e-4),
+    "15b": (1408, 48, 16, 6400, 14, 0, 3e-4),
 }
 # total and active parameters.
 COUNTS = {
@@ -36,6 +38,7 @@ COUNTS = {
     "l32": (1_032_368_467, 428_388_691),
     "l16": (1_030_159_699, 426_179_923),
     "h14": (2_126_462_803, 868_171_603),
+    "15b": (14_687_559_763, 1_711_431_763),
 }
 ARGS = ("", "small", *SIZES)
 
@@ -49,6 +52,8 @@ def get_config(arg=""):
     model.block_pattern = ("dense",) if last else ("dense", "moe")
     model.last_blocks = (("moe", "dense") * last)[:-1]
     moe.num_experts, moe.top_k, moe.routing_group, moe.equal_init = 8, 2, 8, True
+    if arg == "15b":
+        moe.num_experts = 32
     moe.router.options = {"noise": "gaussian"}
     moe.losses = tuple({"name": name, "coefficient": 0.005} for name in ("importance", "load"))
     moe.capacity, moe.capacity_factor, moe.capacity_multiple = "order", 1.05, 4
@@ -75,3 +80,6 @@ def from_paper(config, arg: str) -> None:
     config.about.approximate = ("data.source", "model.positions", "optim.eps", "train.steps")
     if arg not in ("s32", "b16"):
         config.about.approximate += ("model.block_pattern", "model.moe.num_experts")
+    if arg == "15b":
+        sizes = ("d_model", "num_layers", "num_heads", "ffn_hidden", "patch_size")
+        config.about.approximate += (*(f"model.{name}" for name in sizes), "optim.learning_rate")
