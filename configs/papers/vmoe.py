@@ -12,8 +12,8 @@ priority routing). Eight pictures are routed together, and all experts begin ali
 experts in the last n odd blocks, "every 2" in all of them. The sizes and the training on
 ImageNet-21k are those of the authors' code, which says "last 2" of s32 and "every 2" of b16; where
 the others have experts is inferred, and so is all of ``15b`` but its number of parameters: blocks,
-experts and widths are chosen to give it. Departures: no biases in the blocks, no mixup and RandAugment;
-at the paper's sizes there is no such data set here, so that they are for inspection.
+experts and widths are chosen to give it. Departures: no biases in the blocks, no mixup and
+RandAugment; at the paper's sizes there is no such data set here, so that they are for inspection.
 The dense baseline is ``vit``. Device, minutes, expected accuracy: not measured.
 """
 

@@ -228,9 +228,7 @@ def make_plan(
         )
     if match == "flops":
         check_flops([arm.name for arm in arms], steps, per_step, budget.amount)
-    return Plan(
-        tuple(arms), budget, match, seeds, rates, evaluations, schedule, tuple(also)
-    )
+    return Plan(tuple(arms), budget, match, seeds, rates, evaluations, schedule, tuple(also))
 
 
 def positions_per_step(config: Config) -> int:

@@ -102,7 +102,9 @@ def final_cells(results: Sequence[ArmResult], metrics: Sequence[str]) -> list[tu
             less = [a - b for a, b in zip(values, own, strict=False)]
             difference = interval_text(mean_interval(less), "{:+.4f}")
             value = interval_text(mean_interval(values), "{:.4f}")
-            rows.append((metric, result.arm.name, value, "" if result is results[0] else difference))
+            rows.append(
+                (metric, result.arm.name, value, "" if result is results[0] else difference)
+            )
     return rows
 
 
