@@ -1,6 +1,7 @@
 """Sparsity-constrained transport by brute force and by hand, and expert choice by a plan."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -164,20 +165,21 @@ def test_plan_by_hand(run):
     np.testing.assert_allclose(at(1), [[1, 0], [1, 0], [0, 1], [0, 1]], atol=1e-4)
 
 
-def test_tokens_that_nobody_wants_are_served(route, make_inputs):
-    """Both experts prefer the same tokens: by softmax the others get nothing, by a plan some do."""
-    inputs = make_inputs(s=1, padding=0, e=E)
-    # All experts but one are a little better than that one for the first six tokens.
-    inputs.logits[:] = 0
-    inputs.logits[0, :6, :3] = 1.0
-    inputs.logits[0, :6, 3:] = -1.0
-    inputs.logits[0, 6:, :] = np.float32([0.1, 0.1, 0.1, 0, 0, 0])
-    left_out = lambda name, **options: int(
-        (~taken(route(name, inputs, **options)).any(axis=-1)).sum()
-    )
-    assert left_out("softmax_expert") == 6 + 2
-    assert left_out("sinkhorn_expert") < left_out("softmax_expert")
-    assert left_out("sparse_expert", iterations=200) < left_out("softmax_expert")
+def test_a_plan_serves_tokens_that_scores_leave_out(run, make_inputs):
+    """Token 0 suits both experts best; by scores it has both and token 2 none."""
+    # Softmax over a third expert, which is for others, leaves scores of any size.
+    gates = np.float32([[0.45, 0.45, 0.1], [0.44, 0.1, 0.46], [0.1, 0.44, 0.46], [0.1, 0.1, 0.8]])
+    inputs = make_inputs(s=1, n=4, e=3, padding=0, logits=np.log(gates)[None])
+    choose = lambda **options: np.argwhere(
+        run(expert_choice, inputs, normalise="softmax", rounding="down", **options).expert_ids[0]
+        < 3
+    ).tolist()
+    # One token each (4 / 3, rounded down): 0 for both, 3 for the third one.
+    assert choose() == [[0, 0], [0, 1], [3, 2]]
+    served = lambda **options: len({token for token, _ in choose(**options)})
+    assert served(plan="sinkhorn", iterations=100) == 3
+    # Prices of a hundredth: down for token 0, up for those that have nothing.
+    assert served(plan="sparse", iterations=1) == 3
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -208,16 +210,17 @@ def test_weights_are_the_scores_and_the_plan_has_no_gradient(route, run, make_in
 
 
 def test_gradient_of_the_sparse_plan_is_that_of_its_last_projection(run, make_inputs):
-    """Along a random direction, by differences: without steps the prices stay where they are."""
-    probs, may = similar(make_inputs)
-    count = np.full((2, E), 2, np.int32)
+    """Of a column with k entries: 1 - 1/k on the diagonal and -1/k beside it, over gamma."""
+    probs, may = map(jnp.asarray, similar(make_inputs))
+    count = jnp.full((2, E), 3, jnp.int32)
     readout = np.random.default_rng(1).normal(size=probs.shape).astype(np.float32)
-    value = lambda probs: (sparse_transport(probs, may, count, iterations=0) * readout).sum()
-    direction = np.random.default_rng(2).normal(size=probs.shape).astype(np.float32)
-    slope = (run(jax.grad(value), probs) * direction).sum()
-    step = 1e-3
-    ahead, behind = (run(value, probs + sign * step * direction) for sign in (1, -1))
-    assert slope == pytest.approx((ahead - behind) / (2 * step), rel=0.02)
+    transport = functools.partial(sparse_transport, gamma=0.5)
+    value = lambda probs: (transport(probs, may, count) * readout).sum()
+    gradient = run(jax.grad(value), probs)
+    kept = run(transport, probs, may, count) > 0
+    size = kept.sum(axis=1, keepdims=True)
+    mean = (readout * kept).sum(axis=1, keepdims=True) / size
+    np.testing.assert_allclose(gradient, np.where(kept, readout - mean, 0) / 0.5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PLANS)
