@@ -164,7 +164,14 @@ def _by_class(record: RoutingRecord) -> str:
     top, classes = float(np.nanmax(shares[shown])), [str(name) for name in record.classes]
     columns = record.expert_names()
     maps = [
-        heatmap(record.layer_names[i], shares[i], classes, columns, columns_title="expert", top=top)
+        heatmap(
+            f"{record.layer_names[i]}, classes",
+            shares[i],
+            classes,
+            columns,
+            columns_title="expert",
+            top=top,
+        )
         for i in shown
     ]
     text = (
