@@ -49,7 +49,7 @@ def expert_color(expert: int) -> str:
     if expert < len(_PALETTE):
         return _PALETTE[expert]
     hue, light = round(expert * 137.508) % 360, 62 + 7 * (expert % 4)
-    return f"hsl({hue} {60 + 15 * (expert % 3)}% {light}%)"
+    return f"hsl({hue}, {60 + 15 * (expert % 3)}%, {light}%)"
 
 
 def ink(color: str) -> str:

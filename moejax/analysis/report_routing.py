@@ -11,7 +11,12 @@ from moejax.analysis.charts import COLORS, Level, Line, line_chart, spread
 from moejax.analysis.heatmaps import expert_color, heatmap, ink
 from moejax.analysis.report_page import grid, picture_uri, table
 from moejax.analysis.routing import DECILES, NONE, co_activation
-from moejax.analysis.routing_record import RoutingRecord, consecutive_agreement, read_records
+from moejax.analysis.routing_record import (
+    DEAD,
+    RoutingRecord,
+    consecutive_agreement,
+    read_records,
+)
 from moejax.analysis.run import Run
 from moejax.data.vocabulary import NUM_SPECIAL
 from moejax.train.writers import read_rows
@@ -120,9 +125,13 @@ def _record_parts(record: RoutingRecord, step: int) -> list[str]:
             "Entropies of a choice in nats: H(expert), of all choices; given the modality; given "
             "the token id; and given ids dealt anew among the tokens of a modality, which is what "
             "so few tokens of each id give by chance. Near 0 given the id, routing follows the "
-            "token alone.",
+            "token alone."
+            + " A patch has its place in the picture for its id."
+            * (record.by_patch.size > 0),
         ),
         _entropies(record),
+        _by_class(record),
+        _by_place(record),
         _drops(record),
         _together(record),
         _texts(record),
@@ -144,6 +153,63 @@ def _by_modality(record: RoutingRecord) -> str:
         heatmap(title, load, names, columns, columns_title="expert", top=top)
         for title, load in loads
     )
+
+
+def _by_class(record: RoutingRecord) -> str:
+    """Class x expert, for models that know the classes of pictures."""
+    if not record.by_class.any():
+        return ""
+    shares = record.class_share()
+    shown = spread(range(len(shares)), MOST_LAYERS)
+    top, classes = float(np.nanmax(shares[shown])), [str(name) for name in record.classes]
+    columns = record.expert_names()
+    maps = [
+        heatmap(
+            f"{record.layer_names[i]}, classes",
+            shares[i],
+            classes,
+            columns,
+            columns_title="expert",
+            top=top,
+        )
+        for i in shown
+    ]
+    text = (
+        "The share of the choices of the tokens of each class's pictures. Given the class, "
+        f"H(expert) is {_numbers(record.class_entropy)} nats by layer, in which "
+        f"{_numbers(record.dead(), 0)} experts have less than {DEAD:.0%} of an even share."
+    )
+    return heading("Experts by class", text) + grid(maps)
+
+
+def _by_place(record: RoutingRecord) -> str:
+    """For each layer and expert the grid of patches."""
+    if not record.by_patch.any():
+        return ""
+    rows, columns = map(int, record.grid)
+    shares = record.patch_share()
+    panels = [
+        (f"{record.layer_names[i]}, expert {record.expert_name(i, e)}", shares[i, :, e])
+        for i in spread(range(len(shares)), 2)
+        for e in spread(range(int(record.experts[i])), TOKEN_LAYERS)
+    ]
+    top = max(float(np.nanmax(values, initial=0)) for _, values in panels)
+    maps = [
+        heatmap(
+            title,
+            values.reshape(rows, columns),
+            [f"{r}" for r in range(rows)],
+            [f"{c}" for c in range(columns)],
+            top=top,
+        )
+        for title, values in panels
+    ]
+    text = "The share of the choices of the patches at each place (row and column of patches)."
+    return heading("Experts by place", text) + grid(maps)
+
+
+def _numbers(values: np.ndarray, digits: int = 3) -> str:
+    return ", ".join(f"{value:.{digits}f}" for value in values)
 
 
 def _entropies(record: RoutingRecord) -> str:

@@ -40,6 +40,13 @@ class PairCounts:
         np.add.at(counts, np.searchsorted(known, keys), chosen)
         self.keys, self.counts = known, counts
 
+    def table(self, keys: int) -> np.ndarray:
+        """[keys, e]: the counts of the keys 0, 1, ...; those past the last one are left out."""
+        table = np.zeros((keys, self.counts.shape[1]))
+        here = (self.keys >= 0) & (self.keys < keys)
+        table[self.keys[here]] = self.counts[here]
+        return table
+
     def entropies(self) -> tuple[float, float]:
         """(H(expert), H(expert | key)); NaN where nothing was counted."""
         total = self.counts.sum()
@@ -126,7 +133,9 @@ class LayerCounts:
 
     def __init__(self, experts: int, modalities: int):
         self.experts = experts
-        self.by_token, self.by_shuffled, self.by_modality = (PairCounts(experts) for _ in range(3))
+        self.by_token, self.by_shuffled, self.by_modality, self.by_label = (
+            PairCounts(experts) for _ in range(4)
+        )
         self.chosen, self.kept = np.zeros((2, modalities, experts))
         self.together = np.zeros((experts, experts), np.int64)
         self.dropped, self.choices = np.zeros((2, DECILES))
@@ -139,6 +148,7 @@ class LayerCounts:
         tokens: Int[np.ndarray, "b t"],
         shuffled: Int[np.ndarray, " n"],
         modality: Int[np.ndarray, "b t"],
+        labels: Int[np.ndarray, "b t"] | None = None,
     ) -> None:
         """Counts a batch.
 
@@ -149,6 +159,8 @@ class LayerCounts:
           tokens: ids of the vocabulary.
           shuffled: the ids of the valid tokens, dealt anew.
           modality: of the tokens.
+          labels: the class of the picture that each token is of, -1 without one; None where
+            pictures have none.
         """
         chosen_ne, kept_ne = (
             one_hot(chosen[valid], self.experts),
@@ -157,6 +169,9 @@ class LayerCounts:
         self.by_token.add(tokens[valid], chosen_ne)
         self.by_shuffled.add(shuffled, chosen_ne)
         self.by_modality.add(modality[valid], chosen_ne)
+        if labels is not None:
+            known = labels[valid] >= 0
+            self.by_label.add(labels[valid][known], chosen_ne[known])
         np.add.at(self.chosen, modality[valid], chosen_ne)
         np.add.at(self.kept, modality[valid], kept_ne)
         self.together += together(chosen_ne)

@@ -4,6 +4,7 @@ import dataclasses
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +12,15 @@ from moejax.analysis.routing import NONE, agreement
 
 # The arrays' name in ``workdir/arrays/step_N/SPLIT_NAME.npz``.
 NAME = "routing"
+
+
+# An expert with less than this part of the even share of choices counts as dead.
+DEAD = 0.01
+
+
+def _no(*shape: int) -> Any:
+    """The default of a field that records of sequences, and older ones, do not have."""
+    return dataclasses.field(default_factory=lambda: np.zeros(shape))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +54,10 @@ class RoutingRecord:
       pictures: [p, h, w, 3] uint8, those in the rows.
       places: [p, 2], row and first token of each.
       grid: [2], rows and columns of a picture's tokens.
+      classes: [v], names of the classes of labelled pictures; none for a model of sequences.
+      by_class: [l, v, e], choices of the tokens of each class's pictures.
+      by_patch: [l, p, e], choices of the patch at each place of the grid.
+      class_entropy: [l], H(expert | class).
     """
 
     layers: np.ndarray
@@ -70,6 +84,10 @@ class RoutingRecord:
     pictures: np.ndarray
     places: np.ndarray
     grid: np.ndarray
+    classes: np.ndarray = _no(0)
+    by_class: np.ndarray = _no(0, 0, 0)
+    by_patch: np.ndarray = _no(0, 0, 0)
+    class_entropy: np.ndarray = _no(0)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """For a file."""
@@ -79,7 +97,12 @@ class RoutingRecord:
     def read(cls, path: Path) -> "RoutingRecord":
         """From a file; an error of ``np.load`` if it is none, KeyError if of another version."""
         with np.load(path, allow_pickle=False) as file:
-            return cls(**{field.name: file[field.name] for field in dataclasses.fields(cls)})
+            wanted = [
+                field.name
+                for field in dataclasses.fields(cls)
+                if field.name in file or field.default_factory is dataclasses.MISSING
+            ]
+            return cls(**{name: file[name] for name in wanted})
 
     @property
     def layer_names(self) -> list[str]:
@@ -120,6 +143,30 @@ class RoutingRecord:
         there = np.arange(counts.shape[-1]) < self.experts[:, None]
         return np.where(there, share, np.nan)
 
+    def dead(self) -> np.ndarray:
+        """[l]: experts with weights that have less than ``DEAD`` of the even share of choices."""
+        counts = self.chosen.sum(axis=1)
+        there = np.arange(counts.shape[-1]) < self.num_ffn[:, None]
+        even = np.where(there, counts, 0).sum(axis=-1) / self.num_ffn
+        return (there & (counts < DEAD * even[:, None])).sum(axis=-1)
+
+    def class_share(self) -> np.ndarray:
+        """[l, v, e]: the share of the choices of a class's tokens that each expert has; NaN where
+        the class has no choice, or the layer no such expert.
+        """
+        return self._shares(self.by_class)
+
+    def patch_share(self) -> np.ndarray:
+        """[l, p, e]: the same for the patch at each place of the grid."""
+        return self._shares(self.by_patch)
+
+    def _shares(self, counts_lxe: np.ndarray) -> np.ndarray:
+        total = counts_lxe.sum(axis=-1, keepdims=True)
+        empty = np.full(counts_lxe.shape, np.nan)
+        share = np.divide(counts_lxe, total, out=empty, where=total > 0)
+        there = np.arange(counts_lxe.shape[-1]) < self.experts[: len(counts_lxe), None, None]
+        return np.where(there, share, np.nan)
+
     def drop_rate(self) -> np.ndarray:
         """[l, 10]: the share of choices dropped in each tenth of a row; NaN where there is none."""
         empty = np.full(self.choices.shape, np.nan)
@@ -134,6 +181,8 @@ class RoutingRecord:
             np.array_equal(self.row_tokens, other.row_tokens)
             and np.array_equal(self.layers, other.layers)
             and np.array_equal(self.experts, other.experts)
+            # Tokens of a vision transformer are known by their place alone.
+            and np.array_equal(self.pictures, other.pictures)
         ):
             return None
         return np.asarray(

@@ -1,17 +1,21 @@
 """Expert choice: each expert takes the tokens that score highest with it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Int
 
 from moejax.routing import checks
-from moejax.routing.normalise import KINDS, distribution, scores_of
+from moejax.routing.normalise import KINDS, distribution, scores_of, sinkhorn
 from moejax.routing.perturb import NOISE_CHOICES, perturb
 from moejax.routing.plan import RouterInputs, RoutingPlan, router
 from moejax.routing.select import best_of_each
+from moejax.routing.transport import sparse_transport
+
+# What experts choose by, where it is not the scores.
+PLANS = ("sinkhorn", "sparse")
 
 # Keeps a product that is a whole number but for rounding from becoming the next one.
 _SLACK = 1e-4
@@ -23,6 +27,21 @@ def _check_expert_choice(num_experts: int, options: Mapping[str, Any]) -> None:
     checks.require_choice(options, "noise", NOISE_CHOICES)
     checks.require_choice(options, "rounding", ("up", "down"))
     checks.require_at_least(options, "noise_scale", 0)
+    checks.require_choice(options, "plan", ("", *PLANS))
+    checks.require_above_zero(options, "temperature")
+    checks.require_at_least(options, "iterations", 1)
+    checks.require_above_zero(options, "learning_rate")
+    checks.require_option(
+        not options["plan_weights"] or bool(options["plan"]),
+        "plan_weights",
+        f"weighs by a plan; choose one of {', '.join(PLANS)} in plan",
+    )
+    checks.require_option(
+        not options["plan_weights"] or options["causal_rule"] in ("", "none"),
+        "plan_weights",
+        f"a plan is made of all tokens, and causal_rule={options['causal_rule']!r} is to do "
+        "without; leave one out",
+    )
     checks.require_option(
         options["capacity_factor"] <= num_experts,
         "capacity_factor",
@@ -46,6 +65,11 @@ def expert_choice(
     noise: str = "",
     noise_scale: float = 1.0,
     rounding: str = "up",
+    plan: str = "",
+    plan_weights: bool = False,
+    temperature: float = 1.0,
+    iterations: int = 20,
+    learning_rate: float = 0.01,
     causal_rule: str = "",
     threshold: float = 0.5,
 ) -> RoutingPlan:
@@ -59,6 +83,11 @@ def expert_choice(
     Expert e takes ``capacity_factor * (tokens that may choose e) / (experts that those may choose,
     on average)``, rounded. Padding is no token.
 
+    With a ``plan`` an expert takes the tokens of which the plan gives it most (arXiv 2401.15969):
+    a plan knows that each token has as much to give as any other, so that tokens are left out more
+    rarely. Weights are the scores even so, and no gradient passes through the plan, unless
+    ``plan_weights``.
+
     Args:
       inputs: see :class:`RouterInputs`.
       capacity_factor: the mean number of experts of a token.
@@ -68,14 +97,23 @@ def expert_choice(
       noise: on logits in training; "logistic" is Gumbel-sigmoid.
       noise_scale: multiplies the noise.
       rounding: "up", or "down": never more than capacity_factor * tokens in all.
+      plan: "sinkhorn", the balanced plan of the logits (:func:`moejax.routing.normalise.sinkhorn`);
+        "sparse", the plan of the scores in which an expert has no more tokens than it takes
+        (:func:`moejax.routing.transport.sparse_transport`); "": the scores themselves.
+      plan_weights: the weights are the entries of the plan.
+      temperature: how strongly the plan is evened out: the weight of its entropy ("sinkhorn") or of
+        half of its squares ("sparse").
+      iterations: of the algorithm that makes the plan.
+      learning_rate: of the plan "sparse".
       causal_rule: how experts are chosen without training, where later tokens must not matter:
         "aux_router" where ``sigmoid(causal_logits) > 0.5``, "threshold" where the score is above
-        ``threshold``; "none" and "" choose as in training. The weights are the scores always.
+        ``threshold``; "none" and "" choose as in training.
       threshold: of the rule of that name.
     """
     may = inputs.may_choose()
-    scores = scores_of(normalise, perturb(inputs, noise, noise_scale), may)
-    max_choices = None
+    logits = perturb(inputs, noise, noise_scale)
+    scores = scores_of(normalise, logits, may)
+    weights, max_choices = scores, None
     if not inputs.train and causal_rule == "aux_router":
         if inputs.causal_logits is None:
             raise ValueError("causal_rule='aux_router' needs RouterInputs.causal_logits")
@@ -83,14 +121,34 @@ def expert_choice(
     elif not inputs.train and causal_rule == "threshold":
         selected = may & (scores > threshold)
     else:
-        selected = _take(inputs, may, scores, capacity_factor, per_modality, rounding)
+        # What the plan is made of; it chooses, and has a gradient only where it weighs.
+        seen = (logits, scores) if plan_weights else lax.stop_gradient((logits, scores))
+        preference = {
+            "": lambda here, quota_se: scores,
+            "sinkhorn": lambda here, quota_se: sinkhorn(seen[0], here, temperature, iterations),
+            "sparse": lambda here, quota_se: sparse_transport(
+                seen[1],
+                here,
+                quota_se,
+                gamma=temperature,
+                iterations=iterations,
+                learning_rate=learning_rate,
+            ),
+        }[plan]
+        selected, preferred = jnp.zeros_like(may), jnp.zeros_like(scores)
+        for here, quota_se in _competing(inputs, may, capacity_factor, per_modality, rounding):
+            wanted = preference(here, quota_se)
+            # A sparse plan has no more entries than that; what is 0 in it goes nowhere.
+            taken = wanted > 0 if plan == "sparse" else best_of_each(wanted, here, quota_se)
+            selected, preferred = selected | taken, preferred + jnp.where(taken, wanted, 0)
+        weights = preferred if plan_weights else scores
         max_choices = _most(inputs, capacity_factor, per_modality)
     number = lax.broadcasted_iota(jnp.int32, selected.shape, 2)
     ids = jnp.where(selected, number, inputs.num_experts)
     routed = inputs.num_routed
     return RoutingPlan(
         expert_ids=ids[..., :routed],
-        weights=jnp.where(selected, scores, 0)[..., :routed],
+        weights=jnp.where(selected, weights, 0)[..., :routed],
         probs=distribution(normalise, inputs.logits, may),
         max_choices=max_choices,
     )
@@ -102,17 +160,15 @@ def _classes(inputs: RouterInputs, per_modality: bool) -> int:
     return inputs.num_modalities if per_modality else 1
 
 
-def _take(
+def _competing(
     inputs: RouterInputs,
     may: Bool[Array, "s n e"],
-    scores: Float[Array, "s n e"],
     factor: float,
     per_modality: bool,
     rounding: str,
-) -> Bool[Array, "s n e"]:
-    """Which tokens each expert takes, from each class of tokens that compete."""
+) -> Iterator[tuple[Bool[Array, "s n e"], Int[Array, "s e"]]]:
+    """Each class of tokens that compete, and how many of them each expert takes."""
     experts_sn = may.sum(axis=-1, keepdims=True, dtype=jnp.int32)
-    selected = jnp.zeros_like(may)
     for one in range(_classes(inputs, per_modality)):
         here = may & (inputs.modality == one)[..., None] if per_modality else may
         tokens_se = here.sum(axis=1, dtype=jnp.int32)
@@ -121,8 +177,7 @@ def _take(
         share_se = tokens_se / (jnp.maximum(choices_se, 1) / jnp.maximum(tokens_se, 1))
         exact = factor * share_se
         quota = jnp.ceil(exact - _SLACK) if rounding == "up" else jnp.floor(exact + _SLACK)
-        selected |= best_of_each(scores, here, quota.astype(jnp.int32))
-    return selected
+        yield here, quota.astype(jnp.int32)
 
 
 def _most(inputs: RouterInputs, factor: float, per_modality: bool) -> int:

@@ -81,6 +81,7 @@ def sinkhorn(
 
 
 def _log_sum(plan, axis):
-    """logsumexp, 0 where everything is masked."""
-    total = jax.nn.logsumexp(plan, axis=axis, keepdims=True)
-    return jnp.where(jnp.isfinite(total), total, 0)
+    """logsumexp; 0, with a gradient of 0, where everything is masked."""
+    there = jnp.isfinite(plan).any(axis=axis, keepdims=True)
+    total = jax.nn.logsumexp(jnp.where(there, plan, 0), axis=axis, keepdims=True)
+    return jnp.where(there, total, 0)

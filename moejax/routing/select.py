@@ -62,13 +62,22 @@ def best_of_each(
     count = jnp.minimum(count_se, mask.sum(axis=1, dtype=count_se.dtype))[:, None]
     number = lambda chosen: chosen.sum(axis=1, keepdims=True, dtype=count.dtype)
 
-    def next_bit(i, least):
-        higher = least | (word.type(1) << (bits - 1 - i).astype(word))
-        return jnp.where(number(keys >= higher) >= count, higher, least)
+    def next_bit(i, state):
+        least, _, before = state
+        bit = word.type(1) << jnp.maximum(bits - 1 - i, 0).astype(word)
+        last = jnp.maximum(i - bits, 0).astype(word)
+        candidate = jnp.where(i < bits, least | bit, least + last)
+        reached = keys >= candidate
+        least = jnp.where((i < bits) & (number(reached) >= count), candidate, least)
+        return least, before, reached
 
-    # The largest key that ``count`` of the column reach; any key where none is wanted.
-    least = lax.fori_loop(0, bits, next_bit, jnp.zeros_like(keys[:, :1]))
-    above, equal = keys > least, (keys == least) & mask
+    # The largest key that ``count`` of the column reach (any where none is wanted); two more rounds
+    # say who reaches it, and who is above it. Not after the loop, where a compiler may make the
+    # scores anew, with another last bit than those that were counted.
+    nobody = jnp.zeros_like(mask)
+    begin = (jnp.zeros_like(keys[:, :1]), nobody, nobody)
+    _, reached, above = lax.fori_loop(0, bits + 2, next_bit, begin)
+    equal = reached & ~above & mask
     room = count - number(above)
     return (above | (equal & (jnp.cumsum(equal, axis=1, dtype=count.dtype) <= room))) & (count > 0)
 

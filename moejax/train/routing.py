@@ -8,10 +8,16 @@ Numbers, each the mean over the layers of experts (under ``routing/``):
 * ``token_entropy``: H(expert | token id). Far below it, routing follows the token alone
   (OpenMoE, arXiv 2402.01739, section 4.1); beside it ``shuffled_token_entropy`` for token ids dealt
   anew within each modality, which is what counting few tokens of each id gives by chance;
-* ``modality_entropy``: H(expert | modality).
+* ``modality_entropy``: H(expert | modality);
+* ``dead_experts``: experts with weights that have less than a hundredth of the even share.
 
-It draws the load of the experts by modality and which are chosen together, and leaves its counts
-and the choices of a few rows in ``workdir/arrays`` for ``moejax report``.
+A vision transformer has a token's place in the picture for its id, and ``class_entropy``, H(expert
+| class), for pictures with labels. Of soft routing the choice of a token is the expert whose slots
+it mixes most of.
+
+It draws the load of the experts by modality and which are chosen together, for a vision transformer
+also the experts of each class, of each place, and on pictures; and leaves its counts and the
+choices of a few rows in ``workdir/arrays`` for ``moejax report``.
 """
 
 import functools
@@ -31,15 +37,15 @@ from moejax.analysis.routing import (
     shuffled_within,
 )
 from moejax.analysis.routing_record import NAME, RoutingRecord
-from moejax.config.schema import Config
+from moejax.config.schema import Config, ViTConfig
 from moejax.errors import UserError
 from moejax.objectives.routing import routings
 from moejax.routing import summarise
 from moejax.train.evaluate import EVALUATORS, EvalContext, EvalResult
 from moejax.train.routing_log import RoutingLayer, has_experts, routing_layers
-from moejax.train.rows_shown import pictures_of, pieces_of, valid_tokens
+from moejax.train.rows_shown import PICTURES, pictures_of, pieces_of, token_rows, valid_tokens
 
-# Rows of the first batch whose choices are kept.
+# Rows of the first batch whose choices are kept; where a row is a picture, PICTURES.
 ROWS = 4
 SUMMARIES = (
     "entropy",
@@ -55,7 +61,13 @@ ENTROPIES = ("expert_entropy", "token_entropy", "shuffled_token_entropy", "modal
 @EVALUATORS.register("routing")
 def routing(context: EvalContext) -> EvalResult:
     """Load, entropies and drops of the experts: numbers, pictures and what a report shows."""
-    from moejax.train.routing_pictures import draw_experts, draw_together
+    from moejax.train.routing_pictures import (
+        draw_classes,
+        draw_experts,
+        draw_patches,
+        draw_places,
+        draw_together,
+    )
 
     model = context.config.model
     rng = np.random.default_rng(0)
@@ -76,12 +88,25 @@ def routing(context: EvalContext) -> EvalResult:
         dealt = shuffled_within(batch["tokens"][valid], batch["modality"][valid], rng)
         for layer, counted in counts.items():
             chosen, kept = choices_of(recorded, layer, counted.experts)
-            counted.add(chosen, kept, valid, batch["tokens"], dealt, batch["modality"])
+            counted.add(
+                chosen,
+                kept,
+                valid,
+                batch["tokens"],
+                dealt,
+                batch["modality"],
+                batch.get("token_labels"),
+            )
         if not rows:
             rows = _rows(context, batch, valid, recorded, counts)
     tokens_m = next(iter(sums.values()))["tokens_m"][0]
-    record = _record(model, counts, tokens_m, rows)
+    record = _record(context, counts, tokens_m, rows)
     images = {f"{NAME}_experts": draw_experts(record)}
+    if record.by_class.any():
+        images[f"{NAME}_classes"] = draw_classes(record)
+    if record.by_patch.any():
+        images[f"{NAME}_places"] = draw_places(record)
+        images[f"{NAME}_patches"] = draw_patches(record)
     # Where a token has one expert, none are chosen together.
     if (record.together.sum(axis=(1, 2)) > np.trace(record.together, axis1=1, axis2=2)).any():
         images[f"{NAME}_together"] = draw_together(record)
@@ -96,10 +121,10 @@ def check(config: Config) -> None:
             f"{config.model.name} has none; leave it out, or set model.moe.num_experts and a "
             "block such as 'moe' in model.block_pattern"
         )
-    if config.data.format != "tokens":
+    if config.data.format != "tokens" and not isinstance(config.model, ViTConfig):
         raise UserError(
-            "eval.metrics: 'routing' shows tokens of sequences, and model.name="
-            f"{config.model.name} reads pictures; leave it out (train/router/... is logged anyway)"
+            "eval.metrics: 'routing' shows tokens of sequences or patches, and model.name="
+            f"{config.model.name} has none; leave it out (train/router/... is logged anyway)"
         )
     if jax.process_count() > 1:
         raise UserError(
@@ -109,8 +134,10 @@ def check(config: Config) -> None:
 
 def metric_names(config: Config) -> list[str]:
     """What :func:`routing` returns."""
-    del config
-    return [f"routing/{name}" for name in (*SUMMARIES, *ENTROPIES)]
+    names = (*SUMMARIES, *ENTROPIES, "dead_experts")
+    if getattr(config.model, "num_classes", 0):
+        names = (*names, "class_entropy")
+    return [f"routing/{name}" for name in names]
 
 
 routing.check = check
@@ -127,13 +154,14 @@ def recorded_batches(context: EvalContext):
                 "eval.metrics: 'routing' needs a block with experts; model.block_pattern="
                 f"{context.config.model.block_pattern} has none"
             )
-        yield batch, recorded
+        yield token_rows(context.config.model, batch), recorded
 
 
 def _forward(model: Any, params: Any, batch: dict) -> dict[str, dict]:
-    # Rows that only fill up the batch count for nothing: padding.
-    real = (batch["weights"] > 0).any(axis=1, keepdims=True)
-    batch = {**batch, "segments": jnp.where(real, batch["segments"], 0)}
+    if "segments" in batch:
+        # Rows that only fill up the batch count for nothing: padding.
+        real = (batch["weights"] > 0).any(axis=1, keepdims=True)
+        batch = {**batch, "segments": jnp.where(real, batch["segments"], 0)}
     aux = model.apply({"params": params}, batch, train=False, record=True).aux
     return {name: _inner(aux, name) for name, _ in routings(aux)}
 
@@ -141,10 +169,6 @@ def _forward(model: Any, params: Any, batch: dict) -> dict[str, dict]:
 def _inner(aux: Mapping[str, Any], name: str) -> dict[str, Any]:
     for part in name.split("/"):
         aux = aux[part]
-    if "expert_ids" not in aux:
-        raise UserError(
-            "eval.metrics: 'routing' is about choices, and model.moe.router.name makes none"
-        )
     wanted = ("statistics", "expert_ids", "chosen_ids", "weights")
     return {key: aux[key] for key in wanted}
 
@@ -209,17 +233,18 @@ def _rows(
     counts: Mapping[RoutingLayer, LayerCounts],
 ) -> dict[str, np.ndarray]:
     """The part of a record that shows single tokens."""
-    tokens = batch["tokens"][:ROWS]
+    shown = PICTURES if isinstance(context.config.model, ViTConfig) else ROWS
+    tokens = batch["tokens"][:shown]
     kept = [
-        choices_of(recorded, layer, counted.experts)[1][:ROWS] for layer, counted in counts.items()
+        choices_of(recorded, layer, counted.experts)[1][:shown] for layer, counted in counts.items()
     ]
     most = max(ids.shape[-1] for ids in kept)
     full = lambda ids: np.pad(ids, [(0, 0)] * 2 + [(0, most - ids.shape[-1])], constant_values=NONE)
-    pictures, places, grid = pictures_of(context, {k: v[:ROWS] for k, v in batch.items()})
+    pictures, places, grid = pictures_of(context, {k: v[:shown] for k, v in batch.items()})
     return {
         "row_tokens": tokens,
-        "row_modality": batch["modality"][:ROWS],
-        "row_valid": valid[:ROWS],
+        "row_modality": batch["modality"][:shown],
+        "row_valid": valid[:shown],
         "row_pieces": pieces_of(context, tokens),
         "row_experts": np.stack([*map(full, kept)]),
         "pictures": pictures,
@@ -229,8 +254,12 @@ def _rows(
 
 
 def _record(
-    model: Any, counts: dict[RoutingLayer, LayerCounts], tokens_m: np.ndarray, rows: dict
+    context: EvalContext,
+    counts: dict[RoutingLayer, LayerCounts],
+    tokens_m: np.ndarray,
+    rows: dict,
 ) -> RoutingRecord:
+    model = context.config.model
     widest = max(counted.experts for counted in counts.values())
 
     def stacked(name: str, axes: int) -> np.ndarray:
@@ -264,8 +293,27 @@ def _record(
         token_entropy=np.asarray([given for _, given in of_token]),
         shuffled_token_entropy=np.asarray([c.by_shuffled.entropies()[1] for c in counts.values()]),
         modality_entropy=np.asarray([c.by_modality.entropies()[1] for c in counts.values()]),
+        **(_of_pictures(context, counts, widest) if isinstance(model, ViTConfig) else {}),
         **rows,
     )
+
+
+def _of_pictures(
+    context: EvalContext, counts: Mapping[RoutingLayer, LayerCounts], widest: int
+) -> dict[str, np.ndarray]:
+    """The part of a record that is about classes and patches."""
+    model: ViTConfig = context.config.model
+    names = getattr(context.pipeline.source, "categories", ()) or range(model.num_classes)
+    wide = lambda table: np.pad(table, [(0, 0), (0, widest - table.shape[1])])
+    first = model.num_tokens - model.num_patches
+    return {
+        "classes": np.asarray([str(name) for name in names], "U32"),
+        "by_class": np.stack([wide(c.by_label.table(len(names))) for c in counts.values()]),
+        "by_patch": np.stack(
+            [wide(c.by_token.table(model.num_tokens)[first:]) for c in counts.values()]
+        ),
+        "class_entropy": np.asarray([c.by_label.entropies()[1] for c in counts.values()]),
+    }
 
 
 def _values(record: RoutingRecord, sums: Any, layers: list[RoutingLayer]) -> dict[str, float]:
@@ -278,4 +326,7 @@ def _values(record: RoutingRecord, sums: Any, layers: list[RoutingLayer]) -> dic
         for name in SUMMARIES
     }
     entropies = {f"routing/{name}": float(np.mean(getattr(record, name))) for name in ENTROPIES}
-    return {**values, **entropies}
+    values = {**values, **entropies, "routing/dead_experts": float(record.dead().mean())}
+    if np.isfinite(record.class_entropy).any():
+        values["routing/class_entropy"] = float(record.class_entropy.mean())
+    return values

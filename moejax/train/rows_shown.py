@@ -6,13 +6,34 @@ from typing import Any
 
 import numpy as np
 
-from moejax.config.schema import Config
+from moejax.config.schema import Config, ViTConfig
 from moejax.data.vocabulary import BOA, BOI, BOS, EOA, EOI, EOS
 from moejax.train.evaluate import EvalContext
 
 # Pictures of a batch that are shown: two clips of four frames, say.
 PICTURES = 8
 _MARKS = {BOS: "BOS", EOS: "EOS", BOI: "BOI", EOI: "EOI", BOA: "BOA", EOA: "EOA"}
+
+
+def token_rows(model: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The batch with its tokens: those that a vision transformer makes of pictures have no others.
+
+    A token's id is its place in the row (class token, registers, patches row by row), as in
+    moejax/models/vit.py; all are of the one modality, and each has the label of its picture.
+    """
+    if not isinstance(model, ViTConfig):
+        return dict(batch)
+    ids = np.arange(model.num_tokens, dtype=np.int32)
+    tokens = np.broadcast_to(ids, (len(batch["images"]), len(ids)))
+    ones = np.ones_like(tokens)
+    return {
+        **batch,
+        "tokens": tokens,
+        "modality": 0 * ones,
+        "segments": ones,
+        "weights": np.asarray(batch["weights"])[:, None] * ones,
+        "token_labels": np.asarray(batch["labels"])[:, None] * ones,
+    }
 
 
 def valid_tokens(batch: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -22,6 +43,8 @@ def valid_tokens(batch: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def pieces_of(context: EvalContext, tokens: np.ndarray) -> np.ndarray:
     """The text of each token; the names of marks; "" for the tokens of pictures and speech."""
+    if isinstance(context.config.model, ViTConfig):
+        return np.full(tokens.shape, "")
     vocabulary = context.pipeline.vocabulary
     tokenizer = context.kept("text tokenizer", functools.partial(_text_tokenizer, context.config))
 
@@ -43,10 +66,16 @@ def pictures_of(context: EvalContext, batch: Mapping[str, np.ndarray]) -> tuple[
     """The first pictures of some rows as their tokens hold them, where they are, and their grid."""
     from moejax.models.picture_codec import load_picture_codec
 
+    model = context.config.model
+    if isinstance(model, ViTConfig):
+        pictures = batch["images"][:PICTURES]
+        first = model.num_tokens - model.num_patches
+        places = [(row, first) for row in range(len(pictures))]
+        return pictures, np.asarray(places, np.int32), np.asarray(model.grid, np.int32)
     vocabulary, tokens = context.pipeline.vocabulary, batch["tokens"]
     length = vocabulary.codes_per_image
     places = []
-    if "image" in context.config.model.modalities:
+    if "image" in model.modalities:
         for row, is_image in enumerate(vocabulary.is_image(tokens)):
             starts = np.flatnonzero(np.diff(is_image, prepend=False) & is_image)
             places += [(row, int(start)) for start in starts]

@@ -1,5 +1,6 @@
 """The section "Routing" of a report: from files alone, with nothing from anywhere else."""
 
+import dataclasses
 import json
 import re
 from html import unescape
@@ -78,6 +79,30 @@ def test_everything_is_there_and_comes_from_nowhere_else(workdir):
     assert not re.search(r"https?:|//[a-z]+\.|url\(", text)
     assert sum(tag == "script" for tag, _ in page.tags) == 1
     assert "moejax eval" not in body
+
+
+def test_experts_of_pictures_by_class_and_place(tmp_path):
+    workdir = write_run(tmp_path / "run", FIELDS)
+    of_classes = np.array([[[30, 10, 0, 0], [0, 0, 0, 0]], [[1, 1, 1, 1], [0, 0, 0, 5]]])
+    of_places = np.zeros((2, 4, 4))
+    of_places[:, :, 1], of_places[:, 3, 0] = 3, 1
+    record = dataclasses.replace(
+        make_record(seed=40),
+        classes=np.array(["<bag>", "shoe"]),
+        by_class=of_classes,
+        by_patch=of_places,
+        class_entropy=np.array([0.5, 0.25]),
+    )
+    save_arrays(workdir, 40, {"val/routing": record.arrays()})
+    text = report(workdir)
+    shown = maps(text)
+    assert shown["layer 1, classes"]["rows"] == ["<bag>", "shoe"]
+    assert shown["layer 1, classes"]["values"] == [[0.75, 0.25, 0, 0], [None] * 4]
+    assert shown["layer 3, classes"]["values"] == [[0.25] * 4, [0, 0, 0, 1]]
+    assert shown["layer 3, expert 1"]["values"] == [[1, 1], [1, 0.75]]
+    # Of 40, 0, 0 choices of experts with weights two have less than a hundredth of 13.3.
+    assert "0.500, 0.250 nats by layer, in which 0, 2 experts have less than 1%" in text
+    assert "<bag>" not in text
 
 
 def test_charts_of_training_and_evaluation(workdir):

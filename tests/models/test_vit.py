@@ -11,6 +11,7 @@ from flax.core import meta
 
 from moejax.config.decoder import DecoderConfig
 from moejax.config.moe import MoEConfig, RouterConfig, ScoreConfig
+from moejax.config.options import Options
 from moejax.config.trunk import UntieConfig
 from moejax.config.vision import HEADS, POSITIONS, ViTConfig
 from moejax.errors import UserError
@@ -157,12 +158,30 @@ def test_map_head_is_attention_of_one_query():
     np.testing.assert_allclose(outputs.pooled, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", list(ROUTERS))
-def test_every_router_at_batch_size_one(name):
+EVERY_ROUTER = [(name, {}) for name in ROUTERS]
+EVERY_ROUTER += [("expert_choice", {"plan": plan}) for plan in ("sinkhorn", "sparse")]
+
+
+@pytest.mark.parametrize("name, options", EVERY_ROUTER)
+def test_every_router_at_batch_size_one(name, options):
+    """Outputs and gradients are finite, and the experts have a part in them."""
     moe = with_router(name)
-    outputs = run(make_config(block_pattern=("moe",), num_layers=1, moe=moe), pictures(1))
-    assert outputs.logits.shape == (1, CLASSES)
-    assert np.isfinite(outputs.logits).all() and np.abs(outputs.logits).max() > 0
+    moe = dataclasses.replace(moe, router=RouterConfig(name, Options(options)))
+    config = make_config(block_pattern=("moe",), num_layers=1, moe=moe)
+    model, params, _ = made(config)
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient(params, batch):
+        logits = model.apply({"params": params}, batch).logits
+        return (logits**2).sum(), logits
+
+    by_leaf, logits = jax.device_get(gradient(params, {"images": pictures(1)}))
+    assert logits.shape == (1, CLASSES)
+    assert np.isfinite(logits).all() and np.abs(logits).max() > 0
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(by_leaf))
+    experts = by_leaf["stack"]["segment_0"]["block_0"]["moe"]["experts"]
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(experts))
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])

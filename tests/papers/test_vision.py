@@ -103,6 +103,16 @@ def test_vmoe_routes_by_priority(tokens):
     assert dropped, "nobody was dropped: the test is void"
 
 
+def test_vmoe_by_priority_is_by_order_where_all_find_a_place(tokens):
+    outputs = {}
+    for policy in ("order", "priority", "none"):
+        fields = {"model.moe.capacity": policy, "model.moe.eval_capacity": ""}
+        fields |= {"model.moe.eval_capacity_factor": float(E)}
+        outputs[policy] = Layer("vmoe", fields)(tokens)[0]
+    np.testing.assert_array_equal(outputs["priority"], outputs["order"])
+    np.testing.assert_array_equal(outputs["priority"], outputs["none"])
+
+
 def test_vmoe_has_places_in_fours(tokens):
     """48 tokens x 2 x 1.05 over 4 experts are 25.2: 28 places, not 26."""
     one = {"model.moe.num_experts": E}

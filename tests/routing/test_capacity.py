@@ -72,6 +72,14 @@ def test_a_first_choice_comes_before_a_heavier_second_one(limit, make_inputs):
         np.testing.assert_array_equal(limited.expert_ids[0, : len(kept)], kept)
 
 
+def test_of_two_tokens_for_one_place_priority_keeps_the_surer(limit, make_inputs):
+    """V-MoE's batch priority routing; in the order of the tokens it is the earlier one."""
+    plan = plan_of([[0, E], [0, E]], [[0.4, 0], [0.7, 0]])
+    for policy, kept in (("order", [0, E]), ("priority", [E, 0])):
+        limited = limit(plan, make_inputs(), 1, policy)
+        np.testing.assert_array_equal(limited.expert_ids[0, :2, 0], kept)
+
+
 def test_places_may_differ_by_expert(limit, make_inputs):
     plan = plan_of(IDS, WEIGHTS)
     limited = limit(plan, make_inputs(), (1, 1, 0, 1, 1, 1), "order")

@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from moejax.routing import ROUTERS
+from moejax.experts.activations import activate
+from moejax.experts.soft import soft_mlp
+from moejax.routing import ROUTERS, RouterInputs
 
 E = 6
 TABLE = np.asarray([[0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 1]], bool)
@@ -84,6 +86,20 @@ def test_soft_without_scale_averages(route, make_inputs):
     np.testing.assert_allclose(plan.dispatch[0], 1 / 12, rtol=1e-6)
     np.testing.assert_allclose(plan.dispatch[1, :9], 1 / 9, rtol=1e-6)
     np.testing.assert_allclose(plan.combine[0], 1 / E, rtol=1e-6)
+
+
+def test_soft_with_a_slot_for_each_token_runs_the_expert_on_it(route, run):
+    """One expert, as many slots as tokens, logits that leave no doubt: y = f(x)."""
+    draw = np.random.default_rng(0)
+    n, d, f = 4, 3, 5
+    x = draw.normal(size=(1, n, d)).astype(np.float32)
+    wi, wo = (draw.normal(size=shape).astype(np.float32) for shape in ((1, d, f), (1, f, d)))
+    ones = np.ones((1, n), np.int32)
+    inputs = RouterInputs(100 * np.eye(n, dtype=np.float32)[None], ones > 0, 0 * ones, ones)
+    plan = route("soft", inputs, slots=n)
+    got = run(soft_mlp, x, plan.dispatch, plan.combine, wi, wo, activation="gelu")
+    expected = run(activate, x @ wi[0], activation="gelu") @ wo[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 def test_soft_keeps_modalities_apart_where_experts_are(route, make_inputs):

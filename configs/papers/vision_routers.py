@@ -1,0 +1,69 @@
+"""Routers in Vision Mixture of Experts, Liu et al. 2024, arXiv 2401.15969: six of them, alike.
+
+Claim: at the same cost experts that choose tokens are mostly better than tokens that choose
+experts, and soft mixtures better than both.
+
+    moejax train --config vision_routers:softmax_token    # laptop CPU, Fashion-MNIST, float32
+    moejax train --config vision_routers:sparse_expert
+
+The argument is the router: ``softmax_token`` (the default), ``sinkhorn_token``, ``softmax_expert``,
+``sinkhorn_expert``, ``sparse_expert`` (optimal transport with at most so many tokens for each
+expert), ``soft``; ``dense`` has none. All have the FLOPs of ``dense`` within 1%, with experts as
+wide as its MLP: a token has one expert, or one on average, and there are as many places as tokens.
+Of soft routing 48 slots for 64 patches cost that, with the mixing in and out. What a plan costs,
+sums without a matrix product, is not in the FLOPs. Token choice drops those who find no place, in
+their order, in evaluation those of the lowest weight. Sparse routers see eight pictures together.
+
+Departures: 8 experts for 32, in every other block, with SwiGLU; Fashion-MNIST for JFT-300M. What
+the paper does where, but for the routers, is inferred from V-MoE and the authors' code. Device,
+minutes, expected accuracy: not measured.
+"""
+
+from moejax.config import load_config_dict
+
+BY_EXPERT = {"normalise": "softmax", "rounding": "down"}
+# argument -> router, its options
+ROUTERS = {
+    "softmax_token": ("top_k", {"noise": "gaussian"}),
+    "sinkhorn_token": ("sinkhorn", {}),
+    "softmax_expert": ("expert_choice", BY_EXPERT),
+    "sinkhorn_expert": ("expert_choice", {**BY_EXPERT, "plan": "sinkhorn"}),
+    "sparse_expert": ("expert_choice", {**BY_EXPERT, "plan": "sparse"}),
+    "soft": ("soft", {"slots": 6}),
+}
+ARGS = ("", "small", *ROUTERS, "dense")
+# fmt: off
+INFERRED = (
+    "model.block_pattern", "model.moe.capacity_factor", "model.moe.eval_capacity",
+    "model.moe.losses", "model.moe.router.options", "model.moe.routing_group",
+)
+# fmt: on
+
+
+def get_config(arg=""):
+    name = arg if arg not in ("", "small") else "softmax_token"
+    config = load_config_dict("vit")
+    model, moe, about = config.model, config.model.moe, config.about
+    model.ffn_hidden = (192,)
+    about.paper, about.family = "arXiv 2401.15969", "vision-mixture-of-experts"
+    about.mechanism_test = "tests/papers/test_vision_routers.py::test_each_is_another_router"
+    about.total_params = about.active_params = 375_178
+    if name == "dense":
+        return config
+    about.total_params, about.active_params = 1_150_858, 376_714
+    model.block_pattern = ("dense", "moe")
+    moe.num_experts, moe.top_k, moe.equal_init = 8, 1, True
+    moe.router.name, options = ROUTERS[name]
+    moe.router.options = dict(options)
+    moe.routing_group = 1 if name == "soft" else 8
+    if name.endswith("token"):
+        moe.capacity, moe.capacity_factor = "order", 1.0
+        moe.eval_capacity, moe.eval_capacity_factor = "priority", 1.0
+    if name == "softmax_token":
+        names = ("importance", "load")
+        moe.losses = tuple({"name": loss, "coefficient": 0.005} for loss in names)
+    if name == "soft":
+        moe.score.name, moe.score.options = "cosine", {"learn_scale": True}
+        about.total_params = about.active_params = 1_158_540
+    about.approximate = INFERRED
+    return config

@@ -1,0 +1,208 @@
+"""The "routing" evaluator on a vision transformer: classes, places, pictures."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from PIL import ImageColor
+
+from moejax.analysis.heatmaps import NOTHING, expert_color
+from moejax.analysis.routing import NONE, entropy
+from moejax.analysis.routing_record import RoutingRecord
+from moejax.config.moe import MoEConfig, RouterConfig
+from moejax.config.schema import Config, DataConfig, EvalConfig
+from moejax.config.vision import ClassificationConfig, ViTConfig
+from moejax.data.pipeline import ImagePipeline
+from moejax.errors import UserError
+from moejax.train import routing
+from moejax.train.evaluate import EvalContext, check_evaluators, eval_plans, run_evaluators
+from moejax.train.routing_pictures import draw_classes, draw_patches, draw_places
+from moejax.train.setup import prepare_model
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+CLASSES, EXPERTS, PATCHES, EXTRA = 3, 4, 4, 3
+MODEL = ViTConfig(
+    image_size=8,
+    patch_size=4,
+    num_classes=CLASSES,
+    d_model=16,
+    num_heads=2,
+    num_layers=2,
+    ffn_hidden=(24,),
+    head="class_token",
+    registers=2,
+    block_pattern=("dense", "moe"),
+    moe=MoEConfig(num_experts=EXPERTS, top_k=2, hidden=8),
+    kernel_backend="reference",
+)
+
+
+class Pictures(list):
+    """Records of random pictures of three classes, some without a label."""
+
+    name = "made:pictures"
+    version = "1"
+    categories = ("round", "long", "<flat>")
+    split = "val"
+
+    def __init__(self, labels):
+        draw = np.random.default_rng(0)
+        super().__init__(
+            {"id": str(i), "label": label, "image": draw.integers(0, 256, (8, 8, 3), np.uint8)}
+            for i, label in enumerate(labels)
+        )
+
+
+def make_config(**moe) -> Config:
+    model = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, **moe))
+    return Config(
+        model=model,
+        data=DataConfig(format="images", image_size=8, batch_size=4),
+        objective=ClassificationConfig(),
+        eval=EvalConfig(metrics=("routing",)),
+    )
+
+
+def make_context(config, labels) -> EvalContext:
+    setup = prepare_model(config, jax.devices()[:1])
+    with jax.set_mesh(setup.mesh):
+        params = setup.recipe.create().params
+    pipeline = ImagePipeline(config, Pictures(labels))
+    return setup.eval_context(params, pipeline, pipeline)
+
+
+def evaluated(config, labels):
+    """(the result, its record, the context)."""
+    context = make_context(config, labels)
+    result = run_evaluators(context, eval_plans(config.eval))
+    return result, RoutingRecord(**result.arrays["val/routing"]), context
+
+
+def recorded(context) -> dict:
+    """What the router of the layer of experts says of all pictures."""
+    images = np.stack([record["image"] for record in context.pipeline.source])
+    apply = jax.jit(functools.partial(context.model.apply, record=True))
+    with jax.set_mesh(context.mesh):
+        aux = jax.device_get(apply({"params": context.params}, {"images": images}).aux)
+    return aux["segment_0"]["block_1"]["moe"]["router"]
+
+
+def test_counts_by_class_and_place():
+    """Against the recorded choices; a filler row and a picture without a label are left out."""
+    labels = [0, 1, 2, 1, -1, 2, 0]
+    config = make_config()
+    result, record, context = evaluated(config, labels)
+    by_class, by_patch = np.zeros((CLASSES, EXPERTS)), np.zeros((PATCHES, EXPERTS))
+    pictures = [record["image"] for record in context.pipeline.source]
+    apply = jax.jit(
+        lambda batch: context.model.apply({"params": context.params}, batch, record=True)
+    )
+    with jax.set_mesh(context.mesh):
+        aux = jax.device_get(apply({"images": np.stack(pictures)}).aux)
+    ids = aux["segment_0"]["block_1"]["moe"]["router"]["expert_ids"][0]
+    assert ids.shape == (7, EXTRA + PATCHES, 2)
+    for row, label in enumerate(labels):
+        for t, chosen in enumerate(ids[row]):
+            if label >= 0:
+                by_class[label, chosen] += 1
+            if t >= EXTRA:
+                by_patch[t - EXTRA, chosen] += 1
+    assert record.by_class[0].tolist() == by_class.tolist()
+    assert record.by_patch[0].tolist() == by_patch.tolist()
+    assert record.classes.tolist() == list(Pictures.categories)
+    assert record.tokens.tolist() == [7 * (EXTRA + PATCHES)]
+    given = (entropy(by_class) * by_class.sum(axis=1)).sum() / by_class.sum()
+    assert result.values["routing/class_entropy"] == pytest.approx(given)
+    assert set(result.values) == set(routing.metric_names(config))
+    names = ("experts", "together", "classes", "places", "patches")
+    assert set(result.images) == {f"val/routing_{name}" for name in names}
+
+    # What is shown: the four pictures of the first batch, their patches in their places.
+    assert record.pictures.tolist() == np.stack(pictures[:4]).tolist()
+    assert record.places.tolist() == [[row, EXTRA] for row in range(4)]
+    assert record.grid.tolist() == [2, 2]
+    assert (np.sort(record.row_experts[0], axis=-1) == np.sort(ids[:4], axis=-1)).all()
+    shares = record.class_share()
+    np.testing.assert_allclose(shares[0], by_class / by_class.sum(axis=1, keepdims=True))
+
+
+def test_routing_by_place_alone_has_no_entropy_given_the_place():
+    result, record, _ = evaluated(make_config(router=RouterConfig("hash"), top_k=1), [0, 1, 2, 0])
+    assert result.values["routing/token_entropy"] == pytest.approx(0, abs=1e-9)
+    assert result.values["routing/expert_entropy"] > 0.1
+    assert ((record.by_patch > 0).sum(axis=-1) == 1).all()
+    assert "val/routing_together" not in result.images
+
+
+def test_an_expert_that_nobody_chooses_is_dead():
+    config = make_config(top_k=1)
+    context = make_context(config, [0, 1, 2, 0])
+    router = lambda path: "router_mde" in jax.tree_util.keystr(path)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.at[..., 1:].set(leaf[..., :1]) if router(path) else leaf,
+        context.params,
+    )
+    result = run_evaluators(context.with_params(params), eval_plans(config.eval))
+    # Of equal logits the first expert is chosen.
+    assert result.values["routing/dead_experts"] == EXPERTS - 1
+    record = RoutingRecord(**result.arrays["val/routing"])
+    moved = dataclasses.replace(record, chosen=np.array([[[300, 300, 3.1, 2.9]]]))
+    # An even share is 151.5, a hundredth of it 1.5.
+    assert moved.dead().tolist() == [0]
+    moved = dataclasses.replace(record, chosen=np.array([[[300, 300, 1.4, 0]]]))
+    assert moved.dead().tolist() == [2]
+    # Experts without weights are none of them.
+    moved = dataclasses.replace(moved, num_ffn=np.array([3]))
+    assert moved.dead().tolist() == [1]
+
+
+def test_of_soft_routing_the_heaviest_expert_counts():
+    config = make_config(router=RouterConfig("soft"))
+    result, record, context = evaluated(config, [0, 1, 2, 0])
+    heaviest = recorded(context)["logits"][0].argmax(axis=-1)
+    assert record.row_experts[0, :, :, 0].tolist() == heaviest.tolist()
+    assert record.by_patch.sum() == 4 * PATCHES
+    assert np.isfinite(list(result.values.values())).all()
+
+
+def test_records_from_before_have_no_classes(tmp_path):
+    _, record, _ = evaluated(make_config(), [0, 1, 2, 0])
+    arrays = record.arrays()
+    older = {k: v for k, v in arrays.items() if not k.startswith(("class", "by_"))}
+    np.savez(tmp_path / "older.npz", **older)
+    read = RoutingRecord.read(tmp_path / "older.npz")
+    assert not read.by_class.any() and not read.by_patch.any()
+    np.savez(tmp_path / "broken.npz", **{k: v for k, v in older.items() if k != "chosen"})
+    with pytest.raises(KeyError, match="chosen"):
+        RoutingRecord.read(tmp_path / "broken.npz")
+    # Other pictures are other rows, though their tokens have the same places.
+    assert record.agreement(record).tolist() == [1]
+    other = dataclasses.replace(record, pictures=record.pictures // 2)
+    assert record.agreement(other) is None
+
+
+def test_pictures_show_the_experts_of_patches():
+    """Halfway between the picture and the colour of the expert, patch by patch."""
+    _, record, _ = evaluated(make_config(top_k=1), [0, 1, 2, 0])
+    ids = record.row_experts.copy()
+    ids[0, 0, EXTRA:, 0] = [0, 1, NONE, 3]
+    white = np.full_like(record.pictures, 255)
+    record = dataclasses.replace(record, row_experts=ids, pictures=white)
+    drawn = draw_patches(record)
+    wanted = [ImageColor.getrgb(expert_color(e)) for e in (0, 1)] + [NOTHING]
+    halves = {tuple((255 + value + 1) // 2 for value in color) for color in wanted}
+    near = lambda color: (np.abs(drawn.astype(int) - color).max(axis=-1) <= 1).sum()
+    # A patch is a quarter of a picture of 96 pixels.
+    assert all(near(np.asarray(color)) >= 48 * 48 for color in halves)
+    for picture in (draw_classes(record), draw_places(record)):
+        assert picture.dtype == np.uint8 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 3
+
+
+def test_models_without_tokens_are_refused():
+    config = make_config()
+    check_evaluators(config)
+    dense = dataclasses.replace(config, model=dataclasses.replace(MODEL, moe=MoEConfig()))
+    with pytest.raises(UserError, match="eval.metrics: 'routing' needs a model with experts"):
+        check_evaluators(dense)
