@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from moejax.analysis.experts import expert_rows, router_products, soft_slots
+from moejax.analysis.experts import expert_rows, film_products, router_products, soft_slots
 from moejax.analysis.jaxpr_flops import count_flops
 from moejax.analysis.params import abstract_batch, abstract_params
 from moejax.config import Config, Registry
@@ -315,6 +315,10 @@ def _experts(model: TrunkConfig, length: int) -> TokenFlops:
     out.
     """
     moe = model.moe
+    if moe.kind == "film":
+        of_film = film_products(model) + router_products(model)
+        shared = _mlp(model, moe.shared_hidden, moe.activation)
+        return (TokenFlops(2.0 * of_film, 0.0, 0.0) + shared).scaled(moe.iterations)
     width = expert_rows(moe, length) * (moe.hidden or max(model.ffn_hidden)) + moe.shared_hidden
     mixing = 2 * model.d_model * soft_slots(moe)
     router = TokenFlops(2.0 * (router_products(model) + mixing), 0.0, 0.0)

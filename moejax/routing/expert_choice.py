@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from moejax.routing import checks
-from moejax.routing.normalise import KINDS, distribution, scores_of
+from moejax.routing.normalise import KINDS, distribution, scores_of, softmax
 from moejax.routing.perturb import NOISE_CHOICES, perturb
 from moejax.routing.plan import RouterInputs, RoutingPlan, router
 from moejax.routing.select import best_of_each
@@ -22,6 +22,13 @@ def _check_expert_choice(num_experts: int, options: Mapping[str, Any]) -> None:
     checks.require_choice(options, "normalise", KINDS)
     checks.require_choice(options, "noise", NOISE_CHOICES)
     checks.require_choice(options, "rounding", ("up", "down"))
+    checks.require_choice(options, "weights", ("scores", "tokens"))
+    checks.require_option(
+        options["weights"] == "scores" or options["causal_rule"] in ("", "none"),
+        "weights",
+        "'tokens' compares a token with all that the expert takes, later ones too, which no "
+        "causal_rule can do without; leave it 'scores'",
+    )
     checks.require_at_least(options, "noise_scale", 0)
     checks.require_option(
         options["capacity_factor"] <= num_experts,
@@ -43,6 +50,7 @@ def expert_choice(
     capacity_factor: float = 1.0,
     per_modality: bool = False,
     normalise: str = "sigmoid",
+    weights: str = "scores",
     noise: str = "",
     noise_scale: float = 1.0,
     rounding: str = "up",
@@ -65,6 +73,8 @@ def expert_choice(
       per_modality: tokens compete with those of their modality alone, also for experts that
         several modalities may choose; each modality has its share of each expert.
       normalise: "sigmoid" or "softmax" over the experts that a token may choose.
+      weights: "scores", or for each expert the softmax of its logits over the "tokens" that it
+        takes in a group (pMoE, arXiv 2306.04073): 1 / their number where all logits are equal.
       noise: on logits in training; "logistic" is Gumbel-sigmoid.
       noise_scale: multiplies the noise.
       rounding: "up", or "down": never more than capacity_factor * tokens in all.
@@ -74,7 +84,8 @@ def expert_choice(
       threshold: of the rule of that name.
     """
     may = inputs.may_choose()
-    scores = scores_of(normalise, perturb(inputs, noise, noise_scale), may)
+    logits = perturb(inputs, noise, noise_scale)
+    scores = scores_of(normalise, logits, may)
     max_choices = None
     if not inputs.train and causal_rule == "aux_router":
         if inputs.causal_logits is None:
@@ -88,6 +99,8 @@ def expert_choice(
     number = lax.broadcasted_iota(jnp.int32, selected.shape, 2)
     ids = jnp.where(selected, number, inputs.num_experts)
     routed = inputs.num_routed
+    if weights == "tokens":
+        scores = softmax(logits, selected, axis=1)
     return RoutingPlan(
         expert_ids=ids[..., :routed],
         weights=jnp.where(selected, scores, 0)[..., :routed],
