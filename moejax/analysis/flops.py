@@ -166,7 +166,10 @@ def vit_flops(config: Config) -> dict[str, TokenFlops] | None:
         products = 2 * d * heads + length * keys_and_values
         total += TokenFlops(2.0 * products, 4.0 * length * heads, 0.0)
         total += _mlp(model, max(model.ffn_hidden))
-    return {"image": total}
+    return {name: total for name in model.modalities}
+
+
+MODEL_FLOPS.register("task_vit")(vit_flops)
 
 
 def _of_batch(model: Any, rows: int) -> Any:

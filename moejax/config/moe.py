@@ -153,7 +153,9 @@ class MoEConfig:
             weightless = ("zero_experts", "copy_experts", "constant_experts")
             for name in (*weightless, "scale_input", "pool_layers"):
                 same = getattr(self, name) == getattr(plain, name)
-                require(same, f"model.moe.{name}", "is not for experts of kind 'film'; leave it out")
+                require(
+                    same, f"model.moe.{name}", "is not for experts of kind 'film'; leave it out"
+                )
         policies = ("none", "order", "priority", "weight", "recycle")
         require_one_of(self.capacity, policies, "model.moe.capacity")
         require_one_of(self.eval_capacity, ("", *policies[1:]), "model.moe.eval_capacity")

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from moejax.routing import checks
-from moejax.routing.normalise import KINDS, distribution, scores_of, softmax
+from moejax.routing.normalise import KINDS, distribution, scores_of, share, softmax
 from moejax.routing.perturb import NOISE_CHOICES, perturb
 from moejax.routing.plan import RouterInputs, RoutingPlan, router
 from moejax.routing.select import best_of_each
@@ -22,12 +22,12 @@ def _check_expert_choice(num_experts: int, options: Mapping[str, Any]) -> None:
     checks.require_choice(options, "normalise", KINDS)
     checks.require_choice(options, "noise", NOISE_CHOICES)
     checks.require_choice(options, "rounding", ("up", "down"))
-    checks.require_choice(options, "weights", ("scores", "tokens"))
+    checks.require_choice(options, "weights", ("scores", "share", "tokens"))
     checks.require_option(
-        options["weights"] == "scores" or options["causal_rule"] in ("", "none"),
+        options["weights"] != "tokens" or options["causal_rule"] in ("", "none"),
         "weights",
         "'tokens' compares a token with all that the expert takes, later ones too, which no "
-        "causal_rule can do without; leave it 'scores'",
+        "causal_rule can do without; choose 'scores' or 'share'",
     )
     checks.require_at_least(options, "noise_scale", 0)
     checks.require_option(
@@ -73,8 +73,9 @@ def expert_choice(
       per_modality: tokens compete with those of their modality alone, also for experts that
         several modalities may choose; each modality has its share of each expert.
       normalise: "sigmoid" or "softmax" over the experts that a token may choose.
-      weights: "scores", or for each expert the softmax of its logits over the "tokens" that it
-        takes in a group (pMoE, arXiv 2306.04073): 1 / their number where all logits are equal.
+      weights: "scores"; a token's scores over their sum ("share"; of a token that no expert takes
+        0); or for each expert the softmax of its logits over the "tokens" that it takes in a group
+        (pMoE, arXiv 2306.04073): 1 / their number where all logits are equal.
       noise: on logits in training; "logistic" is Gumbel-sigmoid.
       noise_scale: multiplies the noise.
       rounding: "up", or "down": never more than capacity_factor * tokens in all.
@@ -95,12 +96,14 @@ def expert_choice(
         selected = may & (scores > threshold)
     else:
         selected = _take(inputs, may, scores, capacity_factor, per_modality, rounding)
-        max_choices = _most(inputs, capacity_factor, per_modality)
+        max_choices = _most(inputs, capacity_factor, per_modality, rounding)
     number = lax.broadcasted_iota(jnp.int32, selected.shape, 2)
     ids = jnp.where(selected, number, inputs.num_experts)
     routed = inputs.num_routed
     if weights == "tokens":
         scores = softmax(logits, selected, axis=1)
+    elif weights == "share":
+        scores = share(jnp.where(selected, scores, 0))
     return RoutingPlan(
         expert_ids=ids[..., :routed],
         weights=jnp.where(selected, scores, 0)[..., :routed],
@@ -138,7 +141,9 @@ def _take(
     return selected
 
 
-def _most(inputs: RouterInputs, factor: float, per_modality: bool) -> int:
+def _most(inputs: RouterInputs, factor: float, per_modality: bool, rounding: str) -> int:
     """A bound of the choices in one group: the quotas' sum, each rounded by less than one."""
     n, e = inputs.logits.shape[1], inputs.num_routed
-    return min(n * e, int(factor * n) + e * _classes(inputs, per_modality))
+    quotas = e * _classes(inputs, per_modality)
+    more = quotas if rounding == "up" else quotas * _SLACK
+    return min(n * e, int(factor * n + more))

@@ -107,9 +107,7 @@ def project(
     return jnp.where(here[..., None], all_snme, 0).sum(axis=2)
 
 
-def _linear_parameters(
-    d: int, e: int, m: int, *, init_std: float = 0.02, alike: int = 1
-) -> Shapes:
+def _linear_parameters(d: int, e: int, m: int, *, init_std: float = 0.02, alike: int = 1) -> Shapes:
     require(
         alike > 0 and e % alike == 0,
         "model.moe.score.options.alike",

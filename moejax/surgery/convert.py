@@ -37,7 +37,7 @@ def convert_to_dense(
     record = read_record(workdir) or {}
     there = run.config.model
     config = dense_config(run.config)
-    setup = prepare_model(config, jax.devices()[:1] if run.setup.mesh.size == 1 else None)
+    setup = prepare_model(config, list(run.setup.mesh.devices.flat))
     make = lambda drawn, kept, spent: dense_params(kept, config.model, there)
     state = setup.recipe.create(make, jax.device_get(run.params))
     count = sum(leaf.size for leaf in jax.tree.leaves(state.params))

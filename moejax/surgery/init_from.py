@@ -136,7 +136,9 @@ def plan(here: Mapping[str, Leaf], source: Source, rules: Rules, modalities=()) 
     _check_modalities(rules, source, modalities)
     names = _renamed(here, rules.rename)
     loads, skipped, used = {}, {}, set()
-    by_layer = recut({name: leaf.shape for name, leaf in here.items()}, source.shapes, names.values())
+    by_layer = recut(
+        {name: leaf.shape for name, leaf in here.items()}, source.shapes, names.values()
+    )
     for name, leaf in here.items():
         there, seen = names[name], source
         # A rule that names another block means that one; else a block is known by its number.

@@ -58,7 +58,9 @@ def recut(
     """
     ours, theirs = layers_of_blocks(here), layers_of_blocks(there)
     places = {
-        number: (block, row) for block, numbers in theirs.items() for row, number in enumerate(numbers)
+        number: (block, row)
+        for block, numbers in theirs.items()
+        for row, number in enumerate(numbers)
     }
     if ours == theirs or sum(map(len, ours.values())) != len(places):
         return None

@@ -31,7 +31,7 @@ def share_experts(weights: Float[Array, "..."], beta: Any, axis: int) -> Float[A
 
 
 def share_rate(rate: float, ramp_steps: int, updates: Array) -> Array:
-    """``beta`` after so many updates: linear from 0 to ``rate`` in ``ramp_steps``, then constant."""
+    """``beta`` after so many updates: from 0 to ``rate`` within ``ramp_steps``, then constant."""
     return rate * jnp.minimum(1.0, updates.astype(jnp.float32) / ramp_steps)
 
 
@@ -54,8 +54,7 @@ def make_sharing(config: Any, params: Any) -> Callable[[Any, Array], Any]:
     axes = {
         name: axis
         for name, leaf in named_leaves(params).items()
-        if (axis := expert_axis(leaf)) is not None
-        and not any(rule.search(name) for rule in frozen)
+        if (axis := expert_axis(leaf)) is not None and not any(rule.search(name) for rule in frozen)
     }
     require(bool(axes), "optim.share_rate", "no parameter that is trained has experts; write 0")
     ramp = optim.share_steps or config.train.steps
