@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.config.checks import require
 from moejax.config.schema import Config
 from moejax.objectives.classification import class_losses, labelled, rank_of_label
 from moejax.objectives.multitask import check_tasks, of_task, with_task
@@ -52,7 +53,12 @@ def task_accuracy(context: EvalContext) -> dict[str, float]:
 
 
 def check(config: Config) -> None:
-    """UserError unless the model has tasks."""
+    """UserError unless the model has tasks, and is trained for them."""
+    require(
+        config.objective.name == "multitask",
+        "eval.metrics",
+        "'task_accuracy' needs objective.name=multitask; leave it out",
+    )
     check_tasks(config.objective, config.model)
 
 
