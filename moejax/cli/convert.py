@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from moejax.cli.common import command_parser, print_json
+from moejax.config.checks import refuse_url
 from moejax.errors import UserError, did_you_mean
 
 # What a run can become.
@@ -27,6 +28,8 @@ def run(argv: Sequence[str]) -> int:
     for flag in ("workdir", "to"):
         if not getattr(args, flag):
             raise UserError(f"--{flag}: name a folder, e.g. --workdir runs/ewa --to runs/ewa_dense")
+
+    refuse_url(args.to)
 
     from moejax.surgery.convert import convert_to_dense
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.config.checks import require, require_one_of
-from moejax.config.schema import MultitaskConfig, TaskViTConfig
+from moejax.config.schema import MultitaskConfig, TaskViTConfig, ViTConfig
 from moejax.objectives.base import OBJECTIVES, LossSums, Objective
 from moejax.objectives.classification import augmented, class_losses, labelled, rank_of_label
 from moejax.ops.augment import quarter_turns
@@ -59,13 +59,14 @@ def of_task(
     return jnp.where(own, logits_bv, _OUT), jnp.maximum(labels_b, 0) + first[task_b]
 
 
-def check_tasks(config: MultitaskConfig, model: TaskViTConfig) -> None:
+def check_tasks(config: MultitaskConfig, model: ViTConfig) -> None:
     """UserError, by field, for tasks that there are not, or whose numbers do not fit."""
     require(
-        getattr(model, "task_classes", ()) != (),
+        isinstance(model, TaskViTConfig) and model.task_classes != (),
         "model.task_classes",
         "objective 'multitask' needs model.name=task_vit and the classes of each task",
     )
+    assert isinstance(model, TaskViTConfig)
     counts = dict(zip(model.modalities, model.task_classes, strict=True))
     for name in counts:
         require_one_of(name, TASKS, "model.modalities")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from moejax.config.checks import require
 from moejax.config.moe import MoEConfig
 from moejax.config.schema import Config
+from moejax.config.training import TrainConfig
 from moejax.config.trunk import TrunkConfig
 from moejax.nn.stack import Segment, segments_of
 
@@ -23,6 +24,8 @@ _WEIGHT_ONE = ("forced", "hash", "random_partition")
 
 def dense_config(config: Config) -> Config:
     """``config`` with a dense block for each block "moe", and without what is about experts.
+
+    Nor does it have where the run began, or rules of the optimizer for parameters by their names.
 
     Raises:
       UserError: the model has no experts, or is no sum of MLPs whose weights sum to 1.
@@ -69,10 +72,13 @@ def dense_config(config: Config) -> Config:
         ffn_activation=activation,
         moe=MoEConfig(),
     )
-    optim = dataclasses.replace(config.optim, share_rate=0.0, share_steps=0)
-    train = dataclasses.replace(
-        config.train, init_from="", init_rename=(), init_experts=(), init_slices=1
-    )
+    optim = dataclasses.replace(config.optim, share_rate=0.0, share_steps=0, freeze=(), groups=())
+    begin = {
+        field.name: field.default
+        for field in dataclasses.fields(TrainConfig)
+        if field.name.startswith("init_")
+    }
+    train = dataclasses.replace(config.train, **begin)
     about = dataclasses.replace(config.about, mechanism_test="", approximate=())
     return dataclasses.replace(config, model=changed, optim=optim, train=train, about=about)
 

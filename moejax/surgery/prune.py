@@ -15,9 +15,11 @@ from jaxtyping import Float, Int
 from moejax.config.checks import require
 from moejax.config.moe import MoEConfig
 from moejax.config.trunk import TrunkConfig
+from moejax.routing import ROUTERS
 
-# Parameters of a router whose last axis counts experts.
+# Parameters of a router whose last axis counts experts, and others.
 _COLUMNS = ("router_mde", "router_wo_mfe", "prototype_mde", "select_bias_e")
+_OTHERS = ("attribute_mzd", "router_wi_mdf", "scale_m")
 
 
 def most_used(counts_le: Float[np.ndarray, "l e"], num: int) -> Int[np.ndarray, "l k"]:
@@ -48,6 +50,8 @@ def prune_experts(
     for name in (*names, "iterations", "pool_layers", "allowed"):
         same = getattr(moe, name) == getattr(plain, name)
         require(same, f"model.moe.{name}", "only plain experts with weights can be taken out")
+    soft = ROUTERS.get(moe.router.name).slots is not None
+    require(not soft, "model.moe.router.name", "every expert of soft routing is used")
     sizes = {np.shape(ids)[1] for ids in keep.values()}
     require(len(sizes) == 1, "keep", f"each layer keeps as many experts, got {sorted(sizes)}")
     (num,) = sizes
@@ -81,9 +85,9 @@ def _prune_layer(layer: Mapping[str, Any], ids_lk: Int[np.ndarray, "l k"]) -> di
         shape[0], shape[axis] = ids_lk.shape
         return jnp.take_along_axis(leaf, jnp.asarray(ids_lk).reshape(shape), axis=axis)
 
-    router = {
-        name: take(leaf, leaf.ndim - 1) if name in _COLUMNS else leaf
-        for name, leaf in layer["router"].items()
-    }
+    router = {}
+    for name, leaf in layer["router"].items():
+        require(name in (*_COLUMNS, *_OTHERS), f"moe/router/{name}", "no expert can be taken out")
+        router[name] = take(leaf, leaf.ndim - 1) if name in _COLUMNS else leaf
     experts = {name: take(leaf, 1) for name, leaf in layer["experts"].items()}
     return {**layer, "router": router, "experts": experts}

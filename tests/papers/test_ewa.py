@@ -32,7 +32,7 @@ TINY = {
     "data.batch_size": 4,
     "eval.metrics": (),
     "mesh.data": 1,
-    "train.steps": 2,
+    "train.steps": 3,
 }
 BATCH = {
     "images": np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8),
@@ -88,8 +88,11 @@ def experts_of(params) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def trained():
-    """(config, setup, states after each of two steps), the second with a rate of (E - 1) / E."""
-    fields = {"optim.share_rate": (E - 1) / E, "optim.share_steps": 1}
+    """(config, setup, states after two and after three steps), the last with rate (E - 1) / E.
+
+    In the first step nothing but the classes learns: their weights begin as 0.
+    """
+    fields = {"optim.share_rate": (E - 1) / E, "optim.share_steps": 2}
     config = load_config("ewa", {**TINY, **fields})
     setup = prepare_model(config, jax.devices()[:1], BATCH)
     states, step = [], setup.train_step()
@@ -97,11 +100,11 @@ def trained():
         state = setup.recipe.create()
         begin = experts_of(state.params)
         np.testing.assert_array_equal(begin, np.broadcast_to(begin[:, :1], begin.shape))
-        for _ in range(2):
+        for _ in range(3):
             batch = jax.device_put(BATCH, batch_sharding(setup.mesh))
             state, _ = step(state, batch)
             states.append(jax.device_get(state))
-    return config, setup, states
+    return config, setup, states[1:]
 
 
 def spread(experts) -> float:
@@ -109,11 +112,11 @@ def spread(experts) -> float:
 
 
 def test_experts_are_shared_after_each_step(trained):
-    """Each learned from its own patches in the first step; in the second they became one."""
-    _, _, (first, second) = trained
-    assert spread(experts_of(first.params)) > 1e-5
-    assert spread(experts_of(second.params)) < 1e-7
-    assert np.abs(experts_of(second.params) - experts_of(first.params)).max() > 1e-5
+    """Each learned from its own patches in the second step; in the third they became one."""
+    _, _, (apart, one) = trained
+    assert spread(experts_of(apart.params)) > 1e-5
+    assert spread(experts_of(one.params)) < 1e-7
+    assert np.abs(experts_of(one.params) - experts_of(apart.params)).max() > 1e-5
 
 
 def features(model, params):
@@ -123,7 +126,7 @@ def features(model, params):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_run_becomes_a_dense_one_by_command(trained, number, tmp_path, capsys):
-    """Of equal experts (after the second step) with their outputs; of others with their mean."""
+    """Of equal experts (after the third step) with their outputs; of others with their mean."""
     config, setup, states = trained
     state = states[number]
     write_record(tmp_path / "ewa", config, {"data_version": "d1"})

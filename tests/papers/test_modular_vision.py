@@ -127,7 +127,7 @@ def test_pictures_are_turned_to_the_left():
 def test_labels_of_each_task():
     images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 3), np.uint8)
     labels = np.int32([2, 1, 2, -1, -1, -1])
-    batch = {"images": images, "labels": labels}
+    batch = {"images": jnp.asarray(images), "labels": jnp.asarray(labels)}
     task = jnp.asarray([0, 1, 2, 0, 1, 2])
     turns = jnp.asarray([3, 3, 3, 1, 6, 1])
     asked = jax.device_get(with_task(batch, TASKS, task, turns, GROUPS))
@@ -155,7 +155,7 @@ def test_each_task_has_a_term_and_its_share_of_the_batch(made):
         "mirror": np.zeros(6, bool),
         "weights": np.float32([1, 1, 1, 1, 0, 1]),
     }
-    batch = objective.prepare(batch, jax.random.key(0))
+    batch = objective.prepare(jax.tree.map(jnp.asarray, batch), jax.random.key(0))
     np.testing.assert_array_equal(batch["task"], [0, 1, 2, 0, 1, 2])
 
     class Outputs:

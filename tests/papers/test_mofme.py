@@ -1,11 +1,14 @@
 """MoFME: experts that scale and shift shared features; a router that knows when it is unsure."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moejax.config import load_config
+from moejax.config.moe import RouterConfig
 from moejax.errors import UserError
 from moejax.nn.moe import check_moe
 from moejax.routing import SCORES
@@ -60,10 +63,10 @@ def test_an_expert_costs_two_vectors():
 
 def uncertain(x, rng=None, **options):
     score = SCORES.get("uncertain")
-    router = np.random.default_rng(1).normal(size=(1, D, E)).astype(np.float32)
+    router = jnp.asarray(np.random.default_rng(1).normal(size=(1, D, E)), jnp.float32)
     modality = jnp.zeros(x.shape[:2], jnp.int32)
     apply = jax.jit(lambda x: score.apply({"router_mde": router}, x, modality, rng, **options))
-    return np.asarray(apply(x)), router[0]
+    return np.asarray(apply(x)), np.asarray(router[0])
 
 
 def test_one_pass_or_no_dropout_is_the_plain_router(tokens):
@@ -102,14 +105,17 @@ def test_passes_are_of_training_alone(tokens):
         ({"model.moe.activation": "swiglu"}, "model.moe.activation: 'film' is made with 'gelu'"),
         ({"model.moe.zero_experts": 1}, "model.moe.zero_experts: is not for experts of kind"),
         ({"model.moe.kind": "films"}, "model.moe.kind: 'films' is none of mlp, film"),
-        (
-            {"model.moe.router.name": "soft", "model.moe.router.options": {}},
-            "model.moe.kind: experts of kind 'film' have no slots",
-        ),
     ],
 )
 def test_mistakes(fields, message):
     with pytest.raises(UserError, match=message):
         check_moe(load_config("mofme", fields).model)
+
+
+def test_other_mistakes():
     with pytest.raises(UserError, match="score.options.passes: must be at least 1"):
         SCORES.get("uncertain").shapes(D, E, passes=0)
+    config = load_config("mofme").model
+    soft = dataclasses.replace(config.moe, router=RouterConfig("soft"))
+    with pytest.raises(UserError, match="model.moe.kind: experts of kind 'film' have no slots"):
+        check_moe(dataclasses.replace(config, moe=soft))

@@ -60,7 +60,8 @@ def test_an_expert_takes_16_of_the_64_patches_of_a_picture():
     logits = np.random.default_rng(0).normal(size=(1, model.num_tokens, 4)).astype(np.float32)
     ones = np.ones(logits.shape[:2], np.int32)
     inputs = RouterInputs(logits, ones > 0, 0 * ones, ones, num_ffn=4, num_modalities=1)
-    plan = jax.jit(lambda: ROUTERS.get("expert_choice").function(inputs, **options))()
+    route = jax.jit(lambda inputs: ROUTERS.get("expert_choice").function(inputs, **options))
+    plan = route(inputs)
     np.testing.assert_array_equal((np.asarray(plan.expert_ids) < 4).sum(axis=1), [[16] * 4])
     assert plan.max_choices == 64
     np.testing.assert_allclose(np.asarray(plan.weights).sum(axis=1), 1, rtol=1e-5)
