@@ -140,19 +140,16 @@ def plan(here: Mapping[str, Leaf], source: Source, rules: Rules, modalities=()) 
         {name: leaf.shape for name, leaf in here.items()}, source.shapes, names.values()
     )
     for name, leaf in here.items():
-        there, seen = names[name], source
+        there, seen, layers = names[name], source, ()
         # A rule that names another block means that one; else a block is known by its number.
-        recut_block = by_layer is not None and block_of(there) == block_of(name) != ""
-        if by_layer is not None and recut_block:
-            shapes = {there: by_layer[there][1]} if there in by_layer else {}
-            seen = dataclasses.replace(source, shapes=shapes)
+        if by_layer is not None and block_of(there) == block_of(name) != "":
+            layers, shape = by_layer.get(there, ((), ()))
+            seen = dataclasses.replace(source, shapes={there: shape} if layers else {})
         found = _load(leaf, there, seen, rules, used)
-        if isinstance(found, Load) and by_layer is not None and recut_block:
-            found = dataclasses.replace(found, layers=by_layer[there][0])
         if isinstance(found, str):
             skipped[name] = found
             continue
-        loads[name] = found
+        loads[name] = dataclasses.replace(found, layers=layers)
         for tower, row in zip(leaf.towers, found.rows or (), strict=False):
             if row is None:
                 skipped[f"{name}@{tower}"] = "no such tower there"
