@@ -40,6 +40,12 @@ def soft_slots(moe: MoEConfig) -> int:
     return moe.pool * router.slots({**router.defaults(), **router_options(moe)})
 
 
+def film_products(model: TrunkConfig) -> float:
+    """Multiply-adds of a token in experts of kind "film": what all share, and their vectors."""
+    d, moe = model.d_model, model.moe
+    return 2.0 * d * (d + moe.num_experts + (moe.hidden or max(model.ffn_hidden)))
+
+
 def router_products(model: TrunkConfig) -> float:
     """Multiply-adds of a token's logits, in one iteration, and of constant experts' mixtures.
 
@@ -53,6 +59,10 @@ def router_products(model: TrunkConfig) -> float:
     towers = len(model.modalities) if moe.score.per_modality else 1
     shapes = score.shapes(d, columns, towers, **moe.score.options)
     products = sum(math.prod(shape) for shape, _ in shapes.values() if len(shape) > 2)
+    options = {**score.defaults(), **moe.score.options}
+    if options.get("dropout", 0):
+        # In training; elsewhere there is one pass.
+        products *= options["passes"]
     if moe.score.gating_residual:
         products += columns**2
     if moe.causal_router:

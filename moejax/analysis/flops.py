@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from moejax.analysis.experts import expert_rows, router_products, soft_slots
+from moejax.analysis.experts import expert_rows, film_products, router_products, soft_slots
 from moejax.analysis.jaxpr_flops import count_flops
 from moejax.analysis.params import abstract_batch, abstract_params
 from moejax.config import Config, Registry
@@ -166,7 +166,10 @@ def vit_flops(config: Config) -> dict[str, TokenFlops] | None:
         products = 2 * d * heads + length * keys_and_values
         total += TokenFlops(2.0 * products, 4.0 * length * heads, 0.0)
         total += _mlp(model, max(model.ffn_hidden))
-    return {"image": total}
+    return {name: total for name in model.modalities}
+
+
+MODEL_FLOPS.register("task_vit")(vit_flops)
 
 
 def _of_batch(model: Any, rows: int) -> Any:
@@ -315,6 +318,10 @@ def _experts(model: TrunkConfig, length: int) -> TokenFlops:
     out.
     """
     moe = model.moe
+    if moe.kind == "film":
+        of_film = film_products(model) + router_products(model)
+        shared = _mlp(model, moe.shared_hidden, moe.activation)
+        return (TokenFlops(2.0 * of_film, 0.0, 0.0) + shared).scaled(moe.iterations)
     width = expert_rows(moe, length) * (moe.hidden or max(model.ffn_hidden)) + moe.shared_hidden
     mixing = 2 * model.d_model * soft_slots(moe)
     router = TokenFlops(2.0 * (router_products(model) + mixing), 0.0, 0.0)

@@ -66,6 +66,9 @@ class MoEConfig:
     # Hidden width of an expert; 0 takes model.ffn_hidden.
     hidden: int = 0
     activation: str = "swiglu"
+    # What an expert is: an "mlp" of its own, or a scale and a shift ("film") of features that all
+    # share (nn/film.py).
+    kind: str = "mlp"
     # Experts without a matmul, numbered after those with weights: nothing, the input, and a mixture
     # of the input with a learned vector.
     zero_experts: int = 0
@@ -143,6 +146,16 @@ class MoEConfig:
             value = getattr(self, name)
             require(value > 0, f"model.moe.{name}", f"must be positive, got {value}")
         require_one_of(self.activation, ("swiglu", "gelu"), "model.moe.activation")
+        require_one_of(self.kind, ("mlp", "film"), "model.moe.kind")
+        if self.kind == "film":
+            require(self.activation == "gelu", "model.moe.activation", "'film' is made with 'gelu'")
+            plain = MoEConfig()
+            weightless = ("zero_experts", "copy_experts", "constant_experts")
+            for name in (*weightless, "scale_input", "pool_layers"):
+                same = getattr(self, name) == getattr(plain, name)
+                require(
+                    same, f"model.moe.{name}", "is not for experts of kind 'film'; leave it out"
+                )
         policies = ("none", "order", "priority", "weight", "recycle")
         require_one_of(self.capacity, policies, "model.moe.capacity")
         require_one_of(self.eval_capacity, ("", *policies[1:]), "model.moe.eval_capacity")

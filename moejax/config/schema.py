@@ -13,6 +13,8 @@ from moejax.config.decoder import DecoderConfig as DecoderConfig
 from moejax.config.decoder import LatentConfig as LatentConfig
 from moejax.config.registry import MODEL_CONFIGS as MODEL_CONFIGS
 from moejax.config.registry import OBJECTIVE_CONFIGS as OBJECTIVE_CONFIGS
+from moejax.config.tasks import MultitaskConfig as MultitaskConfig
+from moejax.config.tasks import TaskViTConfig as TaskViTConfig
 from moejax.config.training import OptimConfig, TrainConfig
 from moejax.config.trunk import TrunkConfig as TrunkConfig
 from moejax.config.trunk import UntieConfig as UntieConfig

@@ -38,6 +38,10 @@ class OptimConfig:
     accumulation_steps: int = 1
     # 0 keeps no moving average.
     ema_decay: float = 0.0
+    # After each step an expert is mixed with the mean of the others, which gets this weight: from 0
+    # on, linearly over share_steps updates (0: train.steps). 0 leaves experts alone.
+    share_rate: float = 0.0
+    share_steps: int = 0
     # What is never changed: PATTERN for whole parameters, PATTERN@MODALITY for that modality's
     # tower of them (train/freeze.py).
     freeze: tuple[str, ...] = ()
@@ -49,10 +53,11 @@ class OptimConfig:
         require_positive(self, "optim", ("learning_rate", "eps", "accumulation_steps"))
         schedules = ("cosine", "linear", "constant", "wsd")
         require_one_of(self.schedule, schedules, "optim.schedule")
-        for name in ("warmup_steps", "weight_decay", "clip_norm", "final_fraction"):
+        for name in ("warmup_steps", "weight_decay", "clip_norm", "final_fraction", "share_steps"):
             require(getattr(self, name) >= 0, f"optim.{name}", "must not be negative")
         for name in ("b1", "b2", "ema_decay"):
             require(0 <= getattr(self, name) < 1, f"optim.{name}", "must be in [0, 1)")
+        require(0 <= self.share_rate <= 1, "optim.share_rate", "must be in [0, 1]")
         require(0 < self.decay_fraction <= 1, "optim.decay_fraction", "must be in (0, 1]")
         require_patterns(self.no_decay, "optim.no_decay")
         require("" not in self.freeze, "optim.freeze", "an empty rule; write () for none")
@@ -86,6 +91,8 @@ class TrainConfig:
     # For each expert here which row it begins as: of the experts there, or (with init_rename) of
     # the towers of an MLP. (0, 0, 1, 1) copies each of two twice.
     init_experts: tuple[int, ...] = ()
+    # Each of these rows is cut by hidden units into so many experts, one after the other.
+    init_slices: int = 1
     # A jax.profiler trace of profile_steps steps from profile_start on; 0 steps: none.
     profile_start: int = 10
     profile_steps: int = 0
@@ -100,5 +107,11 @@ class TrainConfig:
                 message = f"{pair!r} is no pair; write \"(('a', 'b'),)\""
                 require(len(pair) == 2, f"train.{name}[{i}]", message)
         require_patterns((pair[0] for pair in self.init_rename), "train.init_rename")
+        require(self.init_slices > 0, "train.init_slices", "must be positive")
+        require(
+            self.init_slices == 1 or len(self.init_experts) > 0,
+            "train.init_slices",
+            "needs train.init_experts, the copies that are cut",
+        )
         for i, row in enumerate(self.init_experts):
             require(row >= 0, f"train.init_experts[{i}]", f"must not be negative, got {row}")

@@ -17,6 +17,7 @@ class ViTConfig(TrunkConfig):
     """Vision transformer: the patches of a picture through blocks of any kind (models/vit.py)."""
 
     causal: ClassVar[bool] = False
+    one_modality: ClassVar[bool] = True
 
     name: str = "vit"
     modalities: tuple[str, ...] = ("image",)
@@ -56,7 +57,7 @@ class ViTConfig(TrunkConfig):
             f"'sincos' positions need a multiple of 4, got {self.d_model}",
         )
         require(
-            len(self.modalities) == 1,
+            len(self.modalities) == 1 or not self.one_modality,
             "model.modalities",
             f"a picture has one modality, got {self.modalities}",
         )

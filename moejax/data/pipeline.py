@@ -173,15 +173,27 @@ class ImagePipeline(RowPipeline):
 
 def _check_classes(config: Config, source: RecordSource) -> None:
     """UserError unless the labels of the source are those of the model."""
-    if config.objective.name != "classification":
+    wanted, categories = _label_classes(config), getattr(source, "categories", ())
+    if not wanted:
         return
-    wanted, categories = config.model.num_classes, getattr(source, "categories", ())
     # A folder does not say how many classes it has: the labels of its records do.
     labels = () if categories else {source[i].get("label", -1) for i in range(len(source))}
     found = len(categories) if categories else max(labels, default=-1) + 1
     if not found:
         raise UserError(f"data.source={source.name}: its records have no labels; choose another")
     if found > wanted or (categories and found != wanted):
+        field = "num_classes" if config.objective.name == "classification" else "task_classes"
         raise UserError(
-            f"model.num_classes={wanted}: {source.name} has {found} classes; make the two equal"
+            f"model.{field}={wanted}: {source.name} has {found} classes; make the two equal"
         )
+
+
+def _label_classes(config: Config) -> int:
+    """How many labels the objective counts on; 0 if it does not read any."""
+    model = config.model
+    if config.objective.name == "classification":
+        return model.num_classes
+    if config.objective.name == "multitask":
+        counts = dict(zip(model.modalities, model.task_classes, strict=True))
+        return counts.get("class") or len(config.objective.groups)
+    return 0

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moejax.experts.activations import activate
+from moejax.experts.layout import gates_by_expert
 
 
 def dense_mlp(
@@ -15,8 +16,7 @@ def dense_mlp(
     activation: str,
 ) -> Float[Array, "t d"]:
     """``sum_e w[t, e] * FFN_e(x[t])``, where w holds a token's gates by expert."""
-    is_chosen = expert_ids[:, :, None] == jnp.arange(wi_edf.shape[0])[None, None]
-    weights_te = jnp.where(is_chosen, gates[:, :, None], 0).sum(axis=1)
+    weights_te = gates_by_expert(expert_ids, gates, wi_edf.shape[0])
     hidden_tef = activate(jnp.einsum("td,edf->tef", x_td, wi_edf), activation)
     # Times the gate before the last product, so that [t, e, d] is never held.
     gated_tef = (hidden_tef * weights_te[:, :, None]).astype(x_td.dtype)

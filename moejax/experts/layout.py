@@ -2,10 +2,19 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.rows import sort_by_group
+
+
+def gates_by_expert(
+    expert_ids: Int[Array, "*rows k"], gates: Float[Array, "*rows k"], num_experts: int
+) -> Float[Array, "*rows e"]:
+    """The weight of each expert for a token, 0 of those that it did not choose."""
+    chosen = jax.nn.one_hot(expert_ids, num_experts, dtype=bool)
+    return jnp.where(chosen, gates[..., None], 0).sum(axis=-2)
 
 
 class DispatchLayout(NamedTuple):

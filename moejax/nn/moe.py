@@ -23,6 +23,7 @@ from moejax.experts.kinds import weightless_output
 from moejax.experts.mlp import expert_mlp
 from moejax.experts.soft import soft_mlp
 from moejax.nn.context import Context
+from moejax.nn.film import FilmExperts
 from moejax.nn.layers import fan_in_normal, param_dtype, partitioned
 from moejax.nn.placement import placement
 from moejax.parallel.exchange import Tokens, exchange
@@ -114,17 +115,19 @@ class MoE(nn.Module):
         ``carry["router_logits"]`` [b, t, e] are those of the layer before, where scores use them.
         """
         cfg, moe = self.config, self.config.moe
-        if ctx.pool is None:
+        film = FilmExperts(cfg, name="experts") if moe.kind == "film" else None
+        weights = ctx.pool
+        if film is None and weights is None:
             weights = Experts(cfg, moe.num_experts, name="experts")()
-        else:
-            weights = ctx.pool
         shared, constants = self._shared_weights(), self._constant_weights()
         begin, aux = x_btd, {}
         for i in range(moe.iterations):
             name = f"router_{i}" if i else "router"
             rng = None if ctx.rng is None else jax.random.fold_in(ctx.rng, _DRAW + i)
             plan, inputs, carry = Routing(cfg, name=name)(x_btd, carry, ctx.replace(rng=rng))
-            if isinstance(plan, SoftPlan):
+            if film is not None:
+                out = film(plan, x_btd)
+            elif isinstance(plan, SoftPlan):
                 out = self._run_soft(plan, weights, x_btd)
             else:
                 out, plan = self._run(plan, weights, constants, x_btd, ctx)
@@ -294,7 +297,7 @@ class Routing(nn.Module):
         rng, seen = ctx.rng, group(x_btd)
         if moe.score.jitter and ctx.train and rng is not None:
             seen = jitter(jax.random.fold_in(rng, _DRAW), seen, moe.score.jitter)
-        logits = self._score(seen, group(ctx.modality_bt), previous, columns, group)
+        logits = self._score(seen, group(ctx.modality_bt), previous, columns, group, ctx)
         if moe.score.gating_residual:
             carry = {**carry, "router_logits": logits.reshape(b, t, -1)}
         bias_e = None
@@ -327,7 +330,7 @@ class Routing(nn.Module):
             plan = limit_capacity(plan, inputs, places, policy, rng, renormalise=again)
         return plan, inputs, carry
 
-    def _score(self, x_snd, modality_sn, previous_bte, columns: int, group):
+    def _score(self, x_snd, modality_sn, previous_bte, columns: int, group, ctx: Context):
         cfg, moe = self.config, self.config.moe
         score = SCORES.get(moe.score.name, field="model.moe.score.name")
         modalities = len(cfg.modalities) if moe.score.per_modality else 1
@@ -341,7 +344,9 @@ class Routing(nn.Module):
         for name, (shape, init) in shapes.items():
             names = (axes.MODALITY, *(None,) * (len(shape) - 1))
             params[name] = self.param(name, partitioned(init, *names), shape, param_dtype(cfg))
-        logits = score.apply(params, x_snd, modality_sn, **options)
+        draws = ctx.train and ctx.rng is not None
+        rng = jax.random.fold_in(ctx.rng, _DRAW + 1) if draws else None
+        logits = score.apply(params, x_snd, modality_sn, rng, **options)
         if moe.score.gating_residual:
             residual_ee = self.param(
                 "residual_router_ee",
@@ -474,6 +479,11 @@ def check_moe(config: TrunkConfig) -> None:
         "the loss 'causal_router' needs model.moe.causal_router=True",
     )
     own_router = ROUTERS.get(moe.router.name)
+    require(
+        moe.kind == "mlp" or own_router.slots is None,
+        "model.moe.kind",
+        f"experts of kind {moe.kind!r} have no slots; router {moe.router.name!r} needs 'mlp'",
+    )
     require(
         moe.balance.name == "none" or own_router.biased,
         "model.moe.balance.name",

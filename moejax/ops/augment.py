@@ -4,7 +4,7 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, Shaped
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 # How far a picture is moved at most, in pixels.
 MAX_SHIFT = 3
@@ -50,6 +50,15 @@ def crop(
     return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), (h, w, c)))(
         padded, start
     )
+
+
+def quarter_turns(
+    images: Shaped[Array, "b h h c"], turns: Int[Array, " b"]
+) -> Shaped[Array, "b h h c"]:
+    """Each picture turned by so many quarters to the left, modulo 4."""
+    turned = [jnp.rot90(images, k, axes=(1, 2)) for k in range(4)]
+    which = (turns % 4)[:, None, None, None]
+    return jnp.select([which == k for k in range(4)], turned)
 
 
 def mirror(rng: Key[Array, ""], images: Shaped[Array, "b h w c"]) -> Shaped[Array, "b h w c"]:

@@ -8,6 +8,7 @@ from moejax.routing import fixed as _fixed
 from moejax.routing import soft as _soft
 from moejax.routing import top_k as _top_k
 from moejax.routing import top_p as _top_p
+from moejax.routing import uncertain as _uncertain
 from moejax.routing.balance import CONTROLLERS, fair_counts, update_bias
 from moejax.routing.capacity import expert_capacity, heterogeneous_capacity, limit_capacity
 from moejax.routing.checks import check_router, check_router_loss, check_score

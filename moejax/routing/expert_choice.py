@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Int
 
 from moejax.routing import checks
-from moejax.routing.normalise import KINDS, distribution, scores_of, sinkhorn
+from moejax.routing.normalise import KINDS, distribution, scores_of, share, sinkhorn, softmax
 from moejax.routing.perturb import NOISE_CHOICES, perturb
 from moejax.routing.plan import RouterInputs, RoutingPlan, router
 from moejax.routing.select import best_of_each
@@ -26,22 +26,23 @@ def _check_expert_choice(num_experts: int, options: Mapping[str, Any]) -> None:
     checks.require_choice(options, "normalise", KINDS)
     checks.require_choice(options, "noise", NOISE_CHOICES)
     checks.require_choice(options, "rounding", ("up", "down"))
+    checks.require_choice(options, "weights", ("scores", "share", "tokens", "plan"))
+    checks.require_option(
+        options["weights"] in ("scores", "share") or options["causal_rule"] in ("", "none"),
+        "weights",
+        f"{options['weights']!r} compares a token with others, later ones too, which no "
+        "causal_rule can do without; choose 'scores' or 'share'",
+    )
+    checks.require_option(
+        options["weights"] != "plan" or bool(options["plan"]),
+        "weights",
+        f"'plan' weighs by a plan; choose one of {', '.join(PLANS)} in plan",
+    )
     checks.require_at_least(options, "noise_scale", 0)
     checks.require_choice(options, "plan", ("", *PLANS))
     checks.require_above_zero(options, "temperature")
     checks.require_at_least(options, "iterations", 1)
     checks.require_above_zero(options, "learning_rate")
-    checks.require_option(
-        not options["plan_weights"] or bool(options["plan"]),
-        "plan_weights",
-        f"weighs by a plan; choose one of {', '.join(PLANS)} in plan",
-    )
-    checks.require_option(
-        not options["plan_weights"] or options["causal_rule"] in ("", "none"),
-        "plan_weights",
-        f"a plan is made of all tokens, and causal_rule={options['causal_rule']!r} is to do "
-        "without; leave one out",
-    )
     checks.require_option(
         options["capacity_factor"] <= num_experts,
         "capacity_factor",
@@ -62,11 +63,11 @@ def expert_choice(
     capacity_factor: float = 1.0,
     per_modality: bool = False,
     normalise: str = "sigmoid",
+    weights: str = "scores",
     noise: str = "",
     noise_scale: float = 1.0,
     rounding: str = "up",
     plan: str = "",
-    plan_weights: bool = False,
     temperature: float = 1.0,
     iterations: int = 20,
     learning_rate: float = 0.01,
@@ -86,7 +87,7 @@ def expert_choice(
     With a ``plan`` an expert takes the tokens of which the plan gives it most (arXiv 2401.15969):
     a plan knows that each token has as much to give as any other, so that tokens are left out more
     rarely. Weights are the scores even so, and no gradient passes through the plan, unless
-    ``plan_weights``.
+    ``weights`` is "plan".
 
     Args:
       inputs: see :class:`RouterInputs`.
@@ -94,13 +95,16 @@ def expert_choice(
       per_modality: tokens compete with those of their modality alone, also for experts that
         several modalities may choose; each modality has its share of each expert.
       normalise: "sigmoid" or "softmax" over the experts that a token may choose.
+      weights: "scores"; a token's scores over their sum ("share"; of a token that no expert takes
+        0); for each expert the softmax of its logits over the "tokens" that it takes in a group
+        (pMoE, arXiv 2306.04073): 1 / their number where all logits are equal; or the entries of
+        the "plan".
       noise: on logits in training; "logistic" is Gumbel-sigmoid.
       noise_scale: multiplies the noise.
       rounding: "up", or "down": never more than capacity_factor * tokens in all.
       plan: "sinkhorn", the balanced plan of the logits (:func:`moejax.routing.normalise.sinkhorn`);
         "sparse", the plan of the scores in which an expert has no more tokens than it takes
         (:func:`moejax.routing.transport.sparse_transport`); "": the scores themselves.
-      plan_weights: the weights are the entries of the plan.
       temperature: how strongly the plan is evened out: the weight of its entropy ("sinkhorn") or of
         half of its squares ("sparse").
       iterations: of the algorithm that makes the plan.
@@ -113,7 +117,7 @@ def expert_choice(
     may = inputs.may_choose()
     logits = perturb(inputs, noise, noise_scale)
     scores = scores_of(normalise, logits, may)
-    weights, max_choices = scores, None
+    weight_sne, max_choices = scores, None
     if not inputs.train and causal_rule == "aux_router":
         if inputs.causal_logits is None:
             raise ValueError("causal_rule='aux_router' needs RouterInputs.causal_logits")
@@ -122,7 +126,7 @@ def expert_choice(
         selected = may & (scores > threshold)
     else:
         # What the plan is made of; it chooses, and has a gradient only where it weighs.
-        seen = (logits, scores) if plan_weights else lax.stop_gradient((logits, scores))
+        seen = (logits, scores) if weights == "plan" else lax.stop_gradient((logits, scores))
         preference = {
             "": lambda here, quota_se: scores,
             "sinkhorn": lambda here, quota_se: sinkhorn(seen[0], here, temperature, iterations),
@@ -141,14 +145,18 @@ def expert_choice(
             # A sparse plan has no more entries than that; what is 0 in it goes nowhere.
             taken = wanted > 0 if plan == "sparse" else best_of_each(wanted, here, quota_se)
             selected, preferred = selected | taken, preferred + jnp.where(taken, wanted, 0)
-        weights = preferred if plan_weights else scores
-        max_choices = _most(inputs, capacity_factor, per_modality)
+        weight_sne = preferred if weights == "plan" else scores
+        max_choices = _most(inputs, capacity_factor, per_modality, rounding)
     number = lax.broadcasted_iota(jnp.int32, selected.shape, 2)
     ids = jnp.where(selected, number, inputs.num_experts)
     routed = inputs.num_routed
+    if weights == "tokens":
+        weight_sne = softmax(logits, selected, axis=1)
+    elif weights == "share":
+        weight_sne = share(jnp.where(selected, scores, 0))
     return RoutingPlan(
         expert_ids=ids[..., :routed],
-        weights=jnp.where(selected, weights, 0)[..., :routed],
+        weights=jnp.where(selected, weight_sne, 0)[..., :routed],
         probs=distribution(normalise, inputs.logits, may),
         max_choices=max_choices,
     )
@@ -180,7 +188,9 @@ def _competing(
         yield here, quota.astype(jnp.int32)
 
 
-def _most(inputs: RouterInputs, factor: float, per_modality: bool) -> int:
+def _most(inputs: RouterInputs, factor: float, per_modality: bool, rounding: str) -> int:
     """A bound of the choices in one group: the quotas' sum, each rounded by less than one."""
     n, e = inputs.logits.shape[1], inputs.num_routed
-    return min(n * e, int(factor * n) + e * _classes(inputs, per_modality))
+    quotas = e * _classes(inputs, per_modality)
+    more = quotas if rounding == "up" else quotas * _SLACK
+    return min(n * e, int(factor * n + more))

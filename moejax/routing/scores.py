@@ -14,6 +14,7 @@ from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Bool, Float, Int
 
+from moejax.config.checks import require
 from moejax.config.registry import Registry
 from moejax.routing.plan import accepted, keyword_defaults
 
@@ -31,11 +32,14 @@ class Score:
       parameters: ``(d, e, m, **options) -> Shapes``; all have a leading axis m, which is 1 where
         one set of parameters serves every modality.
       choices: the values that an option may have, for options that are names.
+      draws: whether the function takes a fourth argument, a key to draw from, or None where
+        nothing is to be drawn (evaluation).
     """
 
     function: Callable[..., Array]
     parameters: Callable[..., Shapes]
     choices: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    draws: bool = False
 
     def defaults(self) -> dict[str, Any]:
         """The options and their default values."""
@@ -46,22 +50,28 @@ class Score:
         return self.parameters(d, e, m, **accepted(self.parameters, options))
 
     def apply(
-        self, params: Params, x_snd: Array, modality_sn: Array, **options: Any
+        self,
+        params: Params,
+        x_snd: Array,
+        modality_sn: Array,
+        rng: Array | None = None,
+        **options: Any,
     ) -> Float[Array, "s n e"]:
         """The logits of tokens [s, n, d], or of what a score reads in their place."""
-        return self.function(params, x_snd, modality_sn, **accepted(self.function, options))
+        drawn = (rng,) if self.draws else ()
+        return self.function(params, x_snd, modality_sn, *drawn, **accepted(self.function, options))
 
 
 SCORES: Registry[Score] = Registry("score")
 
 
 def score(
-    name: str, parameters: Callable[..., Shapes], **choices: tuple[str, ...]
+    name: str, parameters: Callable[..., Shapes], draws: bool = False, **choices: tuple[str, ...]
 ) -> Callable[[Callable], Callable]:
     """Decorator that registers a function as the score ``name``; see :class:`Score`."""
 
     def add(function: Callable) -> Callable:
-        SCORES.register(name)(Score(function, parameters, choices))
+        SCORES.register(name)(Score(function, parameters, choices, draws))
         return function
 
     return add
@@ -97,15 +107,30 @@ def project(
     return jnp.where(here[..., None], all_snme, 0).sum(axis=2)
 
 
-def _linear_parameters(d: int, e: int, m: int, *, init_std: float = 0.02) -> Shapes:
-    return {"router_mde": ((m, d, e), initializers.normal(init_std))}
+def _linear_parameters(d: int, e: int, m: int, *, init_std: float = 0.02, alike: int = 1) -> Shapes:
+    require(
+        alike > 0 and e % alike == 0,
+        "model.moe.score.options.alike",
+        f"{alike} columns that begin alike do not divide the {e} of the router",
+    )
+    draw = initializers.normal(init_std)
+
+    def init(key, shape, dtype):
+        return jnp.repeat(draw(key, (*shape[:-1], e // alike), dtype), alike, axis=-1)
+
+    return {"router_mde": ((m, d, e), draw if alike == 1 else init)}
 
 
 @score("linear", _linear_parameters)
 def linear(
     params: Params, x_snd: Float[Array, "s n d"], modality_sn: Int[Array, "s n"]
 ) -> Float[Array, "s n e"]:
-    """``x W``, without bias."""
+    """``x W``, without bias.
+
+    Of every ``alike`` columns the weights begin equal (Dynamic-DINO, arXiv 2507.17436, where they
+    are those of the slices of one feed-forward layer: the k = ``alike`` best of them then are one
+    whole layer).
+    """
     return project(x_snd, params["router_mde"], modality_sn)
 
 

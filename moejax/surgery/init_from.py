@@ -11,6 +11,11 @@ tower).
 
 The experts of a parameter with an expert axis can each begin as a row of what is there: of one MLP,
 of the MLPs of the modalities, or of fewer experts (upcycling; MoMa, arXiv 2407.21770, section 2.5).
+Each such copy can be cut by hidden units into experts that together are what it was (the
+granularity decomposition of Dynamic-DINO, arXiv 2507.17436).
+
+Blocks are matched by their number in the stack where two models of one depth are cut into other
+segments (moejax/surgery/layers.py).
 """
 
 import dataclasses
@@ -23,6 +28,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.errors import UserError, did_you_mean
+from moejax.surgery.layers import Rows, block_of, recut
 from moejax.train.leaves import nearest_names
 
 
@@ -35,12 +41,16 @@ class Leaf:
       modality_axis: which axis counts towers; None if none does.
       towers: the modality of each row of that axis; () if the modalities share one.
       expert_axis: which axis counts experts; None if none does.
+      hidden_axis: which axis counts hidden units; None if none does.
+      hidden_parts: how many lie side by side there for each hidden unit: 2 for gate and up.
     """
 
     shape: tuple[int, ...]
     modality_axis: int | None = None
     towers: tuple[str, ...] = ()
     expert_axis: int | None = None
+    hidden_axis: int | None = None
+    hidden_parts: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +76,7 @@ class Rules:
     broadcast: bool = False
     towers: tuple[tuple[str, str], ...] = ()
     experts: tuple[int, ...] = ()
+    slices: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +88,20 @@ class Load:
       rows: for each row of the modality axis the row there, or None where it stays as drawn. None
         for all of it: taken over as it is.
       expert_axis: where it is given, rows are those of this axis.
+      slices: into how many experts each of the rows is cut.
+      layers: where the blocks there lie in other segments: for each layer here the path there and
+        its row, in place of ``source``, which then is what it would be called here.
     """
 
     source: str
     rows: tuple[int | None, ...] | None = None
     expert_axis: int | None = None
+    slices: int = 1
+    layers: Rows = ()
+
+    def paths(self) -> tuple[str, ...]:
+        """The paths there that are read, each once."""
+        return tuple(dict.fromkeys(path for path, _ in self.layers)) or (self.source,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,12 +136,20 @@ def plan(here: Mapping[str, Leaf], source: Source, rules: Rules, modalities=()) 
     _check_modalities(rules, source, modalities)
     names = _renamed(here, rules.rename)
     loads, skipped, used = {}, {}, set()
+    by_layer = recut(
+        {name: leaf.shape for name, leaf in here.items()}, source.shapes, names.values()
+    )
     for name, leaf in here.items():
-        found = _load(leaf, names[name], source, rules, used)
+        there, seen, layers = names[name], source, ()
+        # A rule that names another block means that one; else a block is known by its number.
+        if by_layer is not None and block_of(there) == block_of(name) != "":
+            layers, shape = by_layer.get(there, ((), ()))
+            seen = dataclasses.replace(source, shapes={there: shape} if layers else {})
+        found = _load(leaf, there, seen, rules, used)
         if isinstance(found, str):
             skipped[name] = found
             continue
-        loads[name] = found
+        loads[name] = dataclasses.replace(found, layers=layers)
         for tower, row in zip(leaf.towers, found.rows or (), strict=False):
             if row is None:
                 skipped[f"{name}@{tower}"] = "no such tower there"
@@ -132,9 +160,11 @@ def plan(here: Mapping[str, Leaf], source: Source, rules: Rules, modalities=()) 
                 f"{source.label} that is loaded into this tower has towers; see init_broadcast"
             )
     if rules.experts and all(load.expert_axis is None for load in loads.values()):
+        count = len(rules.experts) * rules.slices
         raise UserError(
-            f"train.init_experts: does nothing: no parameter of {len(rules.experts)} experts is "
+            f"train.init_experts: does nothing: no parameter of {count} experts is "
             f"loaded from {source.label}; see init_rename, or write a row for each expert"
+            + (", of which init_slices are made" if rules.slices > 1 else "")
         )
     if not loads:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
@@ -142,7 +172,7 @@ def plan(here: Mapping[str, Leaf], source: Source, rules: Rules, modalities=()) 
             f"train.init_from: nothing of {source.label} fits this model ({reasons}, ...); "
             "see train.init_rename"
         )
-    read = {load.source for load in loads.values()}
+    read = {path for load in loads.values() for path in load.paths()}
     return Plan(
         label=source.label,
         loads=loads,
@@ -166,7 +196,7 @@ def fill(
     """
     filled = dict(drawn)
     for name, load in plan.loads.items():
-        there = loaded[load.source]
+        there = loaded[load.source] if not load.layers else _layers(load.layers, loaded)
         if load.rows is None:
             filled[name] = there
             continue
@@ -178,8 +208,27 @@ def fill(
             else jax.lax.slice_in_dim(there, row, row + 1, axis=axis)
             for i, row in enumerate(load.rows)
         ]
+        if load.slices > 1:
+            rows = [part for row in rows for part in _hidden_slices(row, here[name], load.slices)]
         filled[name] = jnp.concatenate(rows, axis)
     return filled
+
+
+def _layers(layers: Rows, loaded: Mapping[str, Any]) -> Any:
+    """The rows of the layers, one after the other."""
+    return jnp.stack([loaded[path][row] for path, row in layers])
+
+
+def _hidden_slices(row: Any, leaf: Leaf, slices: int) -> list[Any]:
+    """An MLP's weight cut by hidden units into equal parts, each with its gate and its up."""
+    axis, parts = leaf.hidden_axis, leaf.hidden_parts
+    assert axis is not None, "experts have hidden units"
+    width = row.shape[axis] // (parts * slices)
+    cut = lambda i: jax.lax.slice_in_dim(row, i * width, (i + 1) * width, axis=axis)
+    return [
+        jnp.concatenate([cut(part * slices + i) for part in range(parts)], axis)
+        for i in range(slices)
+    ]
 
 
 def _check_modalities(rules: Rules, source: Source, modalities: tuple[str, ...]) -> None:
@@ -224,11 +273,12 @@ def _load(leaf: Leaf, name: str, source: Source, rules: Rules, used: set[str]) -
     there, axis = source.shapes[name], leaf.modality_axis
     other = f"{_text(there)} there, {_text(leaf.shape)} here"
     experts = leaf.expert_axis
-    moved = rules.experts not in ((), tuple(range(len(rules.experts))))
+    moved = rules.slices > 1 or rules.experts not in ((), tuple(range(len(rules.experts))))
     if moved and "/router" in name and there == leaf.shape:
         return "its columns are for the experts there in another order"
-    if experts is not None and leaf.shape[experts] == len(rules.experts):
-        return _from_rows(leaf, name, source, rules) if _fits(leaf, there, experts) else other
+    if experts is not None and leaf.shape[experts] == len(rules.experts) * rules.slices > 0:
+        whole = _uncut(leaf, rules.slices)
+        return _from_rows(leaf, name, source, rules) if _fits(whole, there, experts) else other
     if axis is None or len(there) != len(leaf.shape):
         return Load(name) if there == leaf.shape else other
     if not _fits(leaf, there, axis):
@@ -259,6 +309,15 @@ def _fits(leaf: Leaf, there: tuple[int, ...], axis: int) -> bool:
     return without(there) == without(leaf.shape)
 
 
+def _uncut(leaf: Leaf, slices: int) -> Leaf:
+    """The leaf as its experts would be if none had been cut."""
+    if slices == 1 or leaf.hidden_axis is None:
+        return leaf
+    shape = list(leaf.shape)
+    shape[leaf.hidden_axis] *= slices
+    return dataclasses.replace(leaf, shape=tuple(shape))
+
+
 def _from_rows(leaf: Leaf, name: str, source: Source, rules: Rules) -> Load:
     """Each expert from the row there that ``train.init_experts`` says."""
     axis = leaf.expert_axis
@@ -270,7 +329,7 @@ def _from_rows(leaf: Leaf, name: str, source: Source, rules: Rules) -> Load:
                 f"train.init_experts[{i}]: {name} of {source.label} has no row {row}; "
                 f"it has {size}, counted from 0"
             )
-    return Load(name, rules.experts, axis)
+    return Load(name, rules.experts, axis, slices=rules.slices)
 
 
 def _from_one(leaf: Leaf, name: str, source: Source, rules: Rules) -> Load | str:

@@ -23,6 +23,7 @@ from moejax.train import (
     reconstruction,
     routing,
     sample_grid,
+    task_accuracy,
 )
 
 
@@ -47,4 +48,5 @@ __all__ = [
     "reconstruction",
     "routing",
     "sample_grid",
+    "task_accuracy",
 ]

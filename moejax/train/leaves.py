@@ -57,6 +57,11 @@ def expert_axis(leaf: Any) -> int | None:
     return names.index(axes.EXPERT) if axes.EXPERT in names else None
 
 
+def hidden_axis(leaf: Any) -> int | None:
+    names = axis_names(leaf)
+    return names.index(axes.MLP) if axes.MLP in names else None
+
+
 def towers_of(name: str, leaf: Any, modalities: tuple[str, ...]) -> tuple[str, ...]:
     """The modality that owns each row of the modality axis; () where the modalities share one.
 

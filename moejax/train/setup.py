@@ -50,6 +50,7 @@ class ModelSetup:
             self.recipe.optimizer,
             self.mesh,
             self.recipe.shardings,
+            self.recipe.boxed,
         )
 
     def eval_context(

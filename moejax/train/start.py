@@ -8,6 +8,7 @@
     --config.train.init_broadcast=True                      # shared there, a tower each here
     --config.train.init_towers="(('image', 'text'),)"       # image here begins as text there
     --config.train.init_experts="(0, 0, 1, 1)"              # experts here begin as these there
+    --config.train.init_slices=2                            # each of them cut into two
 
 ``init_rename`` rewrites the path of a parameter here (``re.sub``) into the one it has there; the
 first rule that is found counts, and a path that becomes empty is not loaded. The parameters are
@@ -24,11 +25,13 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from moejax.config.training import TrainConfig
 from moejax.errors import UserError
 from moejax.surgery import init_from
 from moejax.train.checkpoint import Checkpoints, saved_steps
 from moejax.train.leaves import (
     expert_axis,
+    hidden_axis,
     modality_axis,
     named_leaves,
     path_name,
@@ -66,7 +69,8 @@ class Start:
         targets = named_leaves(recipe.abstract.params)
         readers: dict[str, list[str]] = {}
         for name, load in self.plan.loads.items():
-            readers.setdefault(load.source, []).append(name)
+            for path in load.paths():
+                readers.setdefault(path, []).append(name)
         checkpoints = Checkpoints(self.folder, read_only=True)
         try:
             shapes = checkpoints.param_shapes(self.step)
@@ -74,9 +78,12 @@ class Start:
             for source, (name, *_) in readers.items():
                 target = targets[name]
                 # A modality axis can differ in size, and it is never split over devices. So can
-                # an expert axis, which then is read whole.
-                axis = self.plan.loads[name].expert_axis
-                sharding = target.sharding if axis is None else _whole(target.sharding, axis)
+                # an expert axis and one of hidden units, which then are read whole.
+                load, sharding = self.plan.loads[name], target.sharding
+                if load.expert_axis is not None:
+                    sharding = _whole(sharding, load.expert_axis)
+                if load.slices > 1 and self.here[name].hidden_axis is not None:
+                    sharding = _whole(sharding, self.here[name].hidden_axis)
                 wanted[source] = jax.ShapeDtypeStruct(
                     shapes[source], target.dtype, sharding=sharding
                 )
@@ -92,7 +99,7 @@ class Start:
         whole = {
             source
             for source, names in readers.items()
-            if len(names) == 1 and self.plan.loads[names[0]].rows is None
+            if len(names) == 1 and self.plan.loads[names[0]] == init_from.Load(source)
         }
         kept = {source: leaf for source, leaf in loaded.items() if source not in whole}
         spent = {source: leaf for source, leaf in loaded.items() if source in whole}
@@ -141,8 +148,8 @@ def plan_start(setup: Setup, workdir: Path) -> Start | None:
     """
     train = setup.config.train
     if not train.init_from:
-        for name in ("init_rename", "init_broadcast", "init_towers", "init_experts"):
-            if getattr(train, name):
+        for name in ("init_rename", "init_broadcast", "init_towers", "init_experts", "init_slices"):
+            if getattr(train, name) != getattr(TrainConfig(), name):
                 raise UserError(f"train.{name}: needs train.init_from, a run to begin from")
         return None
     folder, step = _find(train.init_from, _begun_from(workdir))
@@ -153,6 +160,8 @@ def plan_start(setup: Setup, workdir: Path) -> Start | None:
             modality_axis(leaf),
             towers_of(name, leaf, modalities),
             expert_axis(leaf),
+            hidden_axis(leaf),
+            _parts(name, setup.config.model),
         )
         for name, leaf in named_leaves(setup.recipe.boxed).items()
     }
@@ -168,9 +177,20 @@ def plan_start(setup: Setup, workdir: Path) -> Start | None:
         modalities=tuple(record.get("model", {}).get("modalities", modalities)),
     )
     rules = init_from.Rules(
-        train.init_rename, train.init_broadcast, train.init_towers, train.init_experts
+        train.init_rename,
+        train.init_broadcast,
+        train.init_towers,
+        train.init_experts,
+        train.init_slices,
     )
     return Start(folder, step, here, init_from.plan(here, source, rules, modalities))
+
+
+def _parts(name: str, model: Any) -> int:
+    """How many columns of an expert's first matrix belong to one hidden unit."""
+    moe = getattr(model, "moe", None)
+    gated = moe is not None and moe.activation == "swiglu"
+    return 2 if gated and name.endswith("/experts/wi_edf") else 1
 
 
 def _whole(sharding: NamedSharding, axis: int) -> NamedSharding:

@@ -14,6 +14,7 @@ from moejax.parallel.mesh import batch_sharding, replicated
 from moejax.train.balance import controlled, make_controller
 from moejax.train.freeze import combine, trainable
 from moejax.train.optim import Optimizer
+from moejax.train.sharing import make_sharing
 from moejax.train.state import TrainState
 
 
@@ -101,17 +102,26 @@ def split_batch(batch: dict, parts: int, mesh: jax.sharding.Mesh) -> dict:
 
 
 def make_train_step(
-    model, objective, config, optimizer: Optimizer, mesh: jax.sharding.Mesh, shardings: TrainState
+    model,
+    objective,
+    config,
+    optimizer: Optimizer,
+    mesh: jax.sharding.Mesh,
+    shardings: TrainState,
+    boxed: Any,
 ) -> Callable[[TrainState, dict], tuple[TrainState, StepMetrics]]:
     """The jitted ``step(state, batch) -> (state, metrics)``; ``state`` is donated.
 
     A step whose loss or gradient norm is not finite changes nothing but ``step``, ``skipped`` and
     ``skipped_in_row``; the schedule then does not advance either. What ``optim.freeze`` names is
     neither differentiated nor changed (moejax.train.freeze). Biases of routers are moved by their
-    controller, from the counts of the whole batch (moejax.train.balance).
+    controller, from the counts of the whole batch (moejax.train.balance); experts are mixed with
+    each other last (moejax.train.sharing). ``boxed`` are the parameters' shapes, boxed with the
+    logical names of their axes.
     """
     loss = make_loss(model, objective, config.optim.accumulation_steps, mesh)
     control = make_controller(config)
+    share = make_sharing(config, boxed)
     ema_decay = config.optim.ema_decay
     frozen = optimizer.frozen
 
@@ -128,7 +138,7 @@ def make_train_step(
             good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
             updates, opt_state = optimizer.transform.update(grads, state.opt_state, free)
             params = combine(frozen, state.params, optax.apply_updates(free, updates))
-            params = control(params, sums.statistics)
+            params = share(control(params, sums.statistics), state.step - state.skipped)
             updated = state.replace(params=params, opt_state=opt_state)
             if ema_decay > 0:
                 applied = state.step - state.skipped

@@ -201,10 +201,10 @@ def test_weights_are_the_scores_and_the_plan_has_no_gradient(route, run, make_in
     expected = run(jax.grad(of_scores), inputs.logits, taken(plan))
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
 
-    by_plan = route(name, inputs, plan_weights=True)
+    by_plan = route(name, inputs, weights="plan")
     np.testing.assert_array_equal(taken(by_plan), taken(plan))
     assert np.abs(by_plan.weights - plan.weights).max() > 0.1
-    gradient = run(jax.grad(lambda x: weighed(x, {"plan_weights": True})), inputs.logits)
+    gradient = run(jax.grad(lambda x: weighed(x, {"weights": "plan"})), inputs.logits)
     assert np.isfinite(gradient).all() and np.abs(gradient).max() > 1e-3
     assert (gradient[~inputs.valid] == 0).all()
 
@@ -291,10 +291,10 @@ def test_one_expert_takes_all_tokens_with_weight_one(route, make_inputs, name):
 def test_mistakes():
     for options, match in (
         ({"plan": "spars"}, "options.plan: 'spars' is none of '', 'sinkhorn', 'sparse'"),
-        ({"plan_weights": True}, "options.plan_weights: weighs by a plan"),
+        ({"weights": "plan"}, "options.weights: 'plan' weighs by a plan"),
         (
-            {"plan": "sparse", "plan_weights": True, "causal_rule": "threshold"},
-            "options.plan_weights: a plan is made of all tokens",
+            {"plan": "sparse", "weights": "plan", "causal_rule": "threshold"},
+            "options.weights: 'plan' compares a token with others",
         ),
         ({"plan": "sparse", "temperature": 0.0}, "options.temperature: must be positive"),
         ({"plan": "sparse", "iterations": 0}, "options.iterations: must be at least 1"),

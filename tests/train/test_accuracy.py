@@ -119,7 +119,15 @@ def test_mistakes():
         ImagePipeline(make_config(), unlabelled)
 
 
-@pytest.mark.parametrize("name", ["vit", "vmoe", "soft_moe"])
+# fmt: off
+CONFIGS = (
+    "vit", "vmoe", "soft_moe", "sparse_upcycling", "dynamic_dino", "ewa", "pmoe", "mofme",
+    "modular_vision",
+)
+# fmt: on
+
+
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_few_steps_find_the_class_of_a_grey(name):
     overrides = {
         "model.image_size": 8,
@@ -135,6 +143,9 @@ def test_a_few_steps_find_the_class_of_a_grey(name):
         "optim.warmup_steps": 2,
         "train.steps": 20,
     }
+    if name == "modular_vision":
+        overrides |= {"model.task_classes": (CLASSES, 4, 3), "model.num_classes": CLASSES + 4 + 3}
+        overrides |= {"objective.groups": (0, 0, 0, 1, 1, 2, 2)}
     config = load_config(name, overrides)
     setup = prepare_model(config, jax.devices()[:1])
     pipeline = ImagePipeline(config, Pictures(np.arange(64) % CLASSES, "train"))
@@ -148,5 +159,8 @@ def test_a_few_steps_find_the_class_of_a_grey(name):
             if name == "vmoe":
                 routed = metrics.losses.derived_values()
                 assert routed["router/importance"] > 0 and routed["router/load"] > 0
+            if name == "modular_vision":
+                routed = metrics.losses.derived_values()
+                assert -math.log(3) <= routed["router/modality_information"] < 0
     assert values[0] == pytest.approx(math.log(CLASSES), rel=1e-3)
     assert np.mean(values[-3:]) < 0.7 * values[0]
