@@ -17,6 +17,7 @@ class ViTConfig(TrunkConfig):
     """Vision transformer: the patches of a picture through blocks of any kind (models/vit.py)."""
 
     causal: ClassVar[bool] = False
+    num_modalities: ClassVar[int] = 1
 
     name: str = "vit"
     modalities: tuple[str, ...] = ("image",)
@@ -56,9 +57,9 @@ class ViTConfig(TrunkConfig):
             f"'sincos' positions need a multiple of 4, got {self.d_model}",
         )
         require(
-            len(self.modalities) == 1,
+            len(self.modalities) == self.num_modalities,
             "model.modalities",
-            f"a picture has one modality, got {self.modalities}",
+            f"model {self.name!r} has {self.num_modalities}, got {self.modalities}",
         )
 
     @property

@@ -21,6 +21,7 @@ from moejax.train import (
     depth,
     likelihood,
     reconstruction,
+    retrieval,
     routing,
     sample_grid,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "depth",
     "likelihood",
     "reconstruction",
+    "retrieval",
     "routing",
     "sample_grid",
 ]
