@@ -41,6 +41,6 @@ def get_config(arg=""):
     )
     about.paper = "arXiv 2206.02770"
     about.approximate = ("model.d_model", "model.num_layers", "model.moe.losses")
-    about.mechanism_test = "tests/models/test_limoe.py::test_one_tower_sees_each_kind_by_itself"
+    about.mechanism_test = "tests/models/test_pairs.py::test_one_tower_sees_each_kind_by_itself"
     about.total_params, about.active_params = 1_891_009, 858_817
     return config
