@@ -102,7 +102,7 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
         }
         if data.format == "pairs":
             batch["tokens"] = jax.ShapeDtypeStruct((rows, data.sequence_length), jnp.int32)
-            for name in ("family", "concept", "style"):
+            for name in ("family", "concept", "style", "cluster"):
                 batch[name] = jax.ShapeDtypeStruct((rows,), jnp.int32)
         return batch
     names = ("tokens", "modality", "segments", "positions", "targets")

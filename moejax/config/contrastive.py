@@ -149,6 +149,8 @@ class ContrastiveConfig:
     # What belongs together: records of one "family", of one "concept" (also in another style or
     # language), or the two of a "pair" alone.
     positives: str = "family"
+    # Who is compared: "all" rows, or those of one "cluster" (data.clusters).
+    negatives: str = "all"
     # Rows whose logits against the batch are held at a time on a device; 0: all.
     chunk: int = 0
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
@@ -156,4 +158,5 @@ class ContrastiveConfig:
     def __post_init__(self):
         require_one_of(self.loss, ("clip", "siglip"), "objective.loss")
         require_one_of(self.positives, ("concept", "family", "pair"), "objective.positives")
+        require_one_of(self.negatives, ("all", "cluster"), "objective.negatives")
         require(self.chunk >= 0, "objective.chunk", "must not be negative")

@@ -107,6 +107,8 @@ class DataConfig:
     caption: str = "name"
     # Art styles of local:emoji3m; () takes all.
     styles: tuple[str, ...] = ()
+    # A file that surgery/multiplet.py wrote: the cluster of each training record of format "pairs".
+    clusters: str = ""
     # Which features of a tfds: set are picture, text and label; "" leaves one out.
     image_feature: str = "image"
     text_feature: str = "text"
@@ -346,6 +348,11 @@ def _check_pairs(config: Config) -> None:
         "objective.name",
         f"{objective!r} does not fit model {config.model.name!r}; models of pictures and texts "
         "(two_towers, limoe) need 'contrastive', and no others do",
+    )
+    require(
+        not pairs or config.objective.negatives == "all" or bool(config.data.clusters),
+        "objective.negatives",
+        "'cluster' needs data.clusters, the file that says which",
     )
     require(
         not pairs or config.optim.accumulation_steps == 1,

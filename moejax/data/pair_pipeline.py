@@ -1,6 +1,8 @@
 """Pictures with their texts, and what says which of them belong together."""
 
+import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32
@@ -17,8 +19,9 @@ class PairPipeline(ImagePipeline):
     """Rows of :class:`ImagePipeline` with the text of the record, reshuffled every epoch.
 
     Beside its arrays a row has ``tokens`` [t] i32, ``BOS text EOS`` and padding, and the numbers
-    ``family``, ``concept`` and ``style`` i32. Records of a source that does not say have a family
-    and a concept of their own, and style -1. Each language (and style) of a picture is a record.
+    ``family``, ``concept``, ``style`` and ``cluster`` i32. Records of a source that does not say
+    have a family and a concept of their own, and style -1. Each language (and style) of a picture
+    is a record. Clusters of training records are those of ``data.clusters``; all others have 0.
 
     Attributes:
       categories: names of the labels, () where the source has none.
@@ -55,8 +58,15 @@ class PairPipeline(ImagePipeline):
         self.families, _ = _numbers(source, "family")
         self.concepts, _ = _numbers(source, "concept")
         self.style_of, self.styles = _numbers(source, "style", absent=-1)
+        self.clusters, digest = np.zeros(len(source), np.int32), ""
+        if data.clusters and source.split == "train":
+            ids = [source[index]["id"] for index in range(len(source))]
+            self.clusters, digest = read_clusters(Path(data.clusters).expanduser(), ids)
         self.version = recipe_hash(
-            images=self.version, text=self.tokenizer.version, length=data.sequence_length
+            images=self.version,
+            text=self.tokenizer.version,
+            length=data.sequence_length,
+            clusters=digest,
         )
 
     def encode(self, texts: Sequence[str]) -> Int32[np.ndarray, "n t"]:
@@ -68,14 +78,44 @@ class PairPipeline(ImagePipeline):
             row[: len(kept) + 2] = [BOS, *(NUM_SPECIAL + i for i in kept), EOS]
         return tokens
 
-    def row(self, index: int) -> Batch:
-        row = super().row(index)
-        number = int(row["index"])
+    def record_row(self, number: int) -> Batch:
+        """The row of record ``number`` of the source."""
+        row = super().record_row(number)
         row["tokens"] = self.tokens[number]
         row["family"] = self.families[number]
         row["concept"] = self.concepts[number]
         row["style"] = self.style_of[number]
+        row["cluster"] = self.clusters[number]
         return row
+
+
+def write_clusters(path: Path, ids: Sequence[str], clusters: Int32[np.ndarray, " n"]) -> None:
+    """The file of ``data.clusters``: an npz of record ids and their clusters."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        np.savez(file, ids=np.asarray(ids), clusters=np.asarray(clusters, np.int32))
+
+
+def read_clusters(path: Path, ids: Sequence[str]) -> tuple[Int32[np.ndarray, " n"], str]:
+    """The cluster of each of these records, and a hash of all of them.
+
+    Raises UserError for a file that is none, or is of other records.
+    """
+    try:
+        with np.load(path) as held:
+            cluster_of = dict(zip(held["ids"].tolist(), held["clusters"].tolist(), strict=True))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"data.clusters={path}: no file of clusters ({error}); write one with "
+            "python -m moejax.surgery.multiplet"
+        ) from error
+    missing = next((name for name in ids if name not in cluster_of), None)
+    if missing is not None:
+        raise UserError(
+            f"data.clusters={path}: knows no record {missing}; it was written for other data"
+        )
+    clusters = np.asarray([cluster_of[name] for name in ids], np.int32)
+    return clusters, hashlib.sha256(clusters.tobytes()).hexdigest()[:16]
 
 
 def _numbers(

@@ -32,7 +32,10 @@ def contrastive(config: ContrastiveConfig, model: PairConfig) -> Objective:
         weights = batch["weights"].astype(outputs.image.dtype)
         count = len(weights)
         ids = jnp.arange(count) if config.positives == "pair" else batch[config.positives]
-        pairs = Pairs(outputs.image, outputs.text, ids, batch["weights"] > 0)
+        clusters = jnp.zeros(count, jnp.int32)
+        if config.negatives == "cluster":
+            clusters = batch["cluster"]
+        pairs = Pairs(outputs.image, outputs.text, ids, clusters, batch["weights"] > 0)
         nats, correct = run_local(
             functools.partial(pair_losses, kind=config.loss, chunk=config.chunk),
             (pairs, ROWS),

@@ -2,7 +2,7 @@
 
 ``b`` rows of pictures and texts that belong together, embeddings of length one ``z`` wide. Pairs
 that have the same ``ids`` are positives, all others negatives; with every id its own, only the two
-of one row are. A row that is not ``valid`` is neither.
+of one row are. Rows of two ``clusters``, and rows that are not ``valid``, are neither.
 """
 
 import functools
@@ -22,12 +22,14 @@ class Pairs(NamedTuple):
       image: [b, z], of length one.
       text: [b, z], of length one.
       ids: [b] i32; what has the same id belongs together.
+      clusters: [b] i32; rows are compared with those of their own cluster alone.
       valid: [b] bool; the others are left out of every sum.
     """
 
     image: Array
     text: Array
     ids: Array
+    clusters: Array
     valid: Array
 
 
@@ -97,37 +99,39 @@ def pair_losses(
     def one(row: Pairs):
         return score(row, every, scale, bias)
 
-    count = len(rows.ids)
+    count = rows.ids.shape[0]
     if chunk and chunk < count:
         one = jax.checkpoint(one, prevent_cse=False)
         return jax.lax.map(one, rows, batch_size=chunk)
     return jax.vmap(one)(rows)
 
 
-def _logits(anchor_z, other_bz, every: Pairs, scale, bias):
+def _logits(anchor_z, other_bz, seen_b, scale, bias):
     products = jnp.einsum("z,bz->b", anchor_z, other_bz, preferred_element_type=scale.dtype)
-    return jnp.where(every.valid, scale * products + bias, jnp.finfo(scale.dtype).min)
+    return jnp.where(seen_b, scale * products + bias, jnp.finfo(scale.dtype).min)
 
 
-def _positives(row: Pairs, every: Pairs) -> Bool[Array, " b"]:
-    return (row.ids == every.ids) & every.valid
+def _seen(row: Pairs, every: Pairs) -> tuple[Bool[Array, " b"], Bool[Array, " b"]]:
+    """Which rows are compared with this one, and which of these are its positives."""
+    seen = every.valid & (row.clusters == every.clusters)
+    return seen, seen & (row.ids == every.ids)
 
 
 def _clip(row: Pairs, every: Pairs, scale, bias):
-    positive = _positives(row, every)
+    seen, positive = _seen(row, every)
     count = jnp.maximum(positive.sum(), 1)
 
     def nats(logits):
         return -jnp.where(positive, jax.nn.log_softmax(logits), 0).sum() / count
 
-    texts = _logits(row.image, every.text, every, scale, bias)
-    pictures = _logits(row.text, every.image, every, scale, bias)
+    texts = _logits(row.image, every.text, seen, scale, bias)
+    pictures = _logits(row.text, every.image, seen, scale, bias)
     hit = positive[jnp.argmax(texts)].astype(scale.dtype)
     return (nats(texts) + nats(pictures)) / 2, hit
 
 
 def _siglip(row: Pairs, every: Pairs, scale, bias):
-    positive = _positives(row, every)
-    logits = _logits(row.image, every.text, every, scale, bias)
-    nats = jnp.where(every.valid, jax.nn.softplus(jnp.where(positive, -logits, logits)), 0)
+    seen, positive = _seen(row, every)
+    logits = _logits(row.image, every.text, seen, scale, bias)
+    nats = jnp.where(seen, jax.nn.softplus(jnp.where(positive, -logits, logits)), 0)
     return nats.sum(), positive[jnp.argmax(logits)].astype(scale.dtype)

@@ -12,12 +12,13 @@ from moejax.ops.contrastive import LOSSES, Pairs, capped_exp, pair_losses, to_un
 ONE, ZERO = jnp.float32(1), jnp.float32(0)
 
 
-def pairs(image, text, ids=None, valid=None) -> Pairs:
+def pairs(image, text, ids=None, valid=None, clusters=None) -> Pairs:
     count = len(image)
-    ids = np.arange(count) if ids is None else ids
-    valid = np.ones(count, bool) if valid is None else valid
-    as_rows = lambda x: jnp.asarray(x, jnp.float32)
-    return Pairs(as_rows(image), as_rows(text), jnp.asarray(ids, jnp.int32), jnp.asarray(valid))
+    whole = lambda x, other: jnp.asarray(other if x is None else x, jnp.int32)
+    ids, clusters = whole(ids, np.arange(count)), whole(clusters, np.zeros(count))
+    valid = jnp.ones(count, bool) if valid is None else jnp.asarray(valid)
+    rows = lambda x: jnp.asarray(x, jnp.float32)
+    return Pairs(rows(image), rows(text), ids, clusters, valid)
 
 
 def drawn(count=8, ids=None, valid=None) -> Pairs:
@@ -136,6 +137,20 @@ def test_rows_that_fill_up_are_no_negatives(kind):
     for gradient in jax.grad(counted, argnums=(0, 1))(of.image, of.text):
         assert np.isfinite(gradient).all()
         assert (gradient[4:] == 0).all() and (gradient[:4] != 0).any(axis=1).all()
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_rows_of_other_clusters_are_not_compared(kind):
+    """Each cluster by itself, whatever the positives of the other; and no gradient between them."""
+    of = drawn(6, [0, 1, 0, 2, 0, 3])._replace(clusters=jnp.asarray([0, 1, 0, 1, 1, 0]))
+    found = nats(of, kind)
+    for cluster in (0, 1):
+        mine = np.flatnonzero(np.asarray(of.clusters) == cluster)
+        alone = jax.tree.map(lambda x, mine=mine: x[mine], of)
+        np.testing.assert_allclose(found[mine], nats(alone, kind), rtol=1e-5)
+    first = lambda text: nats(of._replace(text=text), kind)[0]
+    moved = np.abs(jax.grad(first)(of.text)).max(axis=1) > 0
+    assert moved.tolist() == [True, False, True, False, False, True]
 
 
 @pytest.mark.parametrize("kind", LOSSES)
