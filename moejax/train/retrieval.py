@@ -10,8 +10,8 @@ values are means over ``DRAWS`` galleries, which are the same for every model:
 * ``cross_style/...``, for sources with several art styles: pictures of one style, of which each is
   to find that of the same concept in a gallery of another style; all pairs of styles in turn;
 * ``zero_shot/accuracy``: the share of all pictures whose nearest text among the names of the
-  categories is that of their own; ``majority_accuracy`` is what always the most frequent category
-  of the training split would have;
+  categories is that of their own; ``zero_shot/most_frequent`` is what always the most frequent
+  category of the training split would have;
 * ``.../chance_...``: what chance has. Of equal similarities the first in the gallery counts first.
 """
 
@@ -83,8 +83,8 @@ def metric_names(config: Config) -> list[str]:
     del config
     recalls = [f"recall_at_{k}" for k in RECALLS]
     names = [f"{task}/{prefix}{r}" for task in TASKS for r in recalls for prefix in ("", "chance_")]
-    accuracies = [f"zero_shot/{prefix}accuracy" for prefix in ("", "chance_", "majority_")]
-    return ["gallery", *names, *accuracies]
+    accuracies = ("accuracy", "chance_accuracy", "most_frequent")
+    return ["gallery", *names, *(f"zero_shot/{name}" for name in accuracies)]
 
 
 retrieval.check = check
@@ -190,5 +190,5 @@ def zero_shot(
     return {
         "zero_shot/accuracy": share(best == labels),
         "zero_shot/chance_accuracy": 1 / scores_nv.shape[1],
-        "zero_shot/majority_accuracy": share(labels == counts.argmax()),
+        "zero_shot/most_frequent": share(labels == counts.argmax()),
     }

@@ -8,7 +8,7 @@ import pytest
 from moejax.config.contrastive import ContrastiveConfig, TwoTowersConfig
 from moejax.config.schema import Config, DataConfig
 from moejax.data.build import build_pipeline
-from moejax.data.pair_pipeline import PairPipeline
+from moejax.data.pair_pipeline import PairPipeline, write_clusters
 from moejax.data.vocabulary import BOS, EOS, NUM_SPECIAL, PAD
 from moejax.errors import UserError
 
@@ -100,6 +100,25 @@ def test_the_version_says_what_decides_the_rows():
     version = lambda **data: PairPipeline(make_config(**data), Drawn()).version
     versions = {version(), version(sequence_length=20), version(seed=1)}
     assert len(versions) == 3 and version() in versions
+
+
+def test_clusters_are_those_of_the_file(tmp_path):
+    """By the ids of the records, in training alone."""
+    file = tmp_path / "clusters.npz"
+    write_clusters(file, ["4", "3", "2", "1", "0", "another"], [8, 7, 6, 5, 4, 3])
+    config = make_config(clusters=str(file))
+    batch = PairPipeline(config, Drawn()).batch(0)
+    np.testing.assert_array_equal(batch["cluster"], batch["index"] + 4)
+    (first, _) = PairPipeline(config, Drawn("val")).eval_batches()
+    assert first["cluster"].tolist() == [0] * 4
+    version = PairPipeline(config, Drawn()).version
+    assert version != PairPipeline(make_config(), Drawn()).version
+    write_clusters(file, ["0", "1", "2", "3"], [0] * 4)
+    with pytest.raises(UserError, match="data.clusters=.*: knows no record 4"):
+        PairPipeline(config, Drawn())
+    file.write_text("no archive")
+    with pytest.raises(UserError, match="data.clusters=.*: no file of clusters"):
+        PairPipeline(config, Drawn())
 
 
 def test_mistakes():
