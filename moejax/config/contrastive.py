@@ -7,6 +7,7 @@ from moejax.config.checks import require, require_one_of, require_positive
 from moejax.config.registry import MODEL_CONFIGS, OBJECTIVE_CONFIGS
 from moejax.config.trunk import TrunkConfig
 from moejax.config.vision import AugmentConfig, ViTConfig
+from moejax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +86,13 @@ class TwoTowersConfig(PairConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        # Its own checks name the field, not the tower.
-        assert self.text_tower
+        try:
+            text = self.text_tower
+        except UserError as error:
+            # All that it shares with the tower of pictures has passed there.
+            raise UserError(str(error).replace("model.", "model.text.")) from error
+        one = "a tower has one modality; leave all False"
+        require(not text.by_modality, "model.untie", one)
 
     @property
     def text_tower(self) -> TextTowerConfig:

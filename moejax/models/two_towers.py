@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import struct
 
 from moejax import axes
-from moejax.config.checks import require
 from moejax.config.contrastive import PairConfig, TwoTowersConfig
 from moejax.models.registry import MODELS
 from moejax.models.text_tower import TextTower
@@ -104,5 +103,4 @@ class PairHead(nn.Module):
 def build_two_towers(config: TwoTowersConfig) -> TwoTowers:
     check_blocks(config)
     check_blocks(config.text_tower)
-    require(not config.by_modality, "model.untie", "a tower has one modality; leave all False")
     return TwoTowers(config)

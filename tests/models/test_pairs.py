@@ -11,6 +11,7 @@ from flax.core import meta
 
 from moejax.config.contrastive import LIMoEConfig, TextSizes, TwoTowersConfig
 from moejax.config.moe import MoEConfig, RouterConfig
+from moejax.config.trunk import UntieConfig
 from moejax.config.vision import HEADS
 from moejax.errors import UserError
 from moejax.models.limoe import build_limoe
@@ -191,8 +192,10 @@ def test_mistakes():
         dataclasses.replace(ONE_TOWER, positions="rope")
     with pytest.raises(UserError, match="model.modalities: model 'limoe' has 2"):
         dataclasses.replace(ONE_TOWER, modalities=("image",))
-    with pytest.raises(UserError, match="model.num_heads: 3 does not divide"):
+    with pytest.raises(UserError, match="model.text.num_heads: 3 does not divide model.text.d_"):
         dataclasses.replace(TOWERS, text=TextSizes(num_heads=3))
+    with pytest.raises(UserError, match="model.untie: a tower has one modality"):
+        dataclasses.replace(TOWERS, untie=UntieConfig(qkv=True))
     with pytest.raises(UserError, match="model.max_scale: "):
         dataclasses.replace(TOWERS, initial_scale=200.0)
     with pytest.raises(UserError, match="model.initial_bias: needs model.learn_bias=True"):
