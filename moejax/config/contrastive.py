@@ -124,7 +124,7 @@ class TwoTowersConfig(PairConfig):
 class LIMoEConfig(PairConfig):
     """One tower for the patches of a picture and the tokens of its text (models/limoe.py)."""
 
-    num_modalities: ClassVar[int] = 2
+    one_modality: ClassVar[bool] = False
 
     name: str = "limoe"
     modalities: tuple[str, ...] = ("image", "text")
@@ -132,6 +132,11 @@ class LIMoEConfig(PairConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        require(
+            self.modalities == ("image", "text"),
+            "model.modalities",
+            f"are 'image' and 'text', got {self.modalities}",
+        )
         require(
             self.positions != "rope",
             "model.positions",

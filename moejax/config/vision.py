@@ -17,7 +17,7 @@ class ViTConfig(TrunkConfig):
     """Vision transformer: the patches of a picture through blocks of any kind (models/vit.py)."""
 
     causal: ClassVar[bool] = False
-    num_modalities: ClassVar[int] = 1
+    one_modality: ClassVar[bool] = True
 
     name: str = "vit"
     modalities: tuple[str, ...] = ("image",)
@@ -57,9 +57,9 @@ class ViTConfig(TrunkConfig):
             f"'sincos' positions need a multiple of 4, got {self.d_model}",
         )
         require(
-            len(self.modalities) == self.num_modalities,
+            len(self.modalities) == 1 or not self.one_modality,
             "model.modalities",
-            f"model {self.name!r} has {self.num_modalities}, got {self.modalities}",
+            f"a picture has one modality, got {self.modalities}",
         )
 
     @property

@@ -190,7 +190,7 @@ def test_scale_and_bias():
 def test_mistakes():
     with pytest.raises(UserError, match="model.positions: 'rope'"):
         dataclasses.replace(ONE_TOWER, positions="rope")
-    with pytest.raises(UserError, match="model.modalities: model 'limoe' has 2"):
+    with pytest.raises(UserError, match="model.modalities: are 'image' and 'text'"):
         dataclasses.replace(ONE_TOWER, modalities=("image",))
     with pytest.raises(UserError, match="model.text.num_heads: 3 does not divide model.text.d_"):
         dataclasses.replace(TOWERS, text=TextSizes(num_heads=3))
