@@ -17,7 +17,14 @@ from moejax.analysis.experts import expert_rows, film_products, router_products,
 from moejax.analysis.jaxpr_flops import count_flops
 from moejax.analysis.params import abstract_batch, abstract_params
 from moejax.config import Config, Registry
-from moejax.config.schema import AutoencoderConfig, DecoderConfig, TrunkConfig, ViTConfig
+from moejax.config.schema import (
+    AutoencoderConfig,
+    DecoderConfig,
+    PairConfig,
+    TrunkConfig,
+    TwoTowersConfig,
+    ViTConfig,
+)
 from moejax.config.trunk import AROUND_OTHERS
 from moejax.models import build_model
 from moejax.models.autoencoder import CHANNELS
@@ -150,26 +157,75 @@ def decoder_flops(config: Config) -> dict[str, TokenFlops] | None:
 def vit_flops(config: Config) -> dict[str, TokenFlops] | None:
     """Of one picture: its patches in, the blocks on all tokens, pooling and classes."""
     model: ViTConfig = config.model
-    length, d = model.num_tokens, model.d_model
+    blocks = _stack(config, model, model.num_tokens)
+    if blocks is None:
+        return None
+    patches = 2.0 * model.num_patches * model.patch_size**2 * CHANNELS * model.d_model
+    total = TokenFlops(patches, 0.0, 2.0 * model.d_model * model.num_classes)
+    return {"image": total + blocks + _pooling(model, model.num_tokens)}
+
+
+@MODEL_FLOPS.register("task_vit")
+def task_vit_flops(config: Config) -> dict[str, TokenFlops] | None:
+    """Of one picture, whatever its task."""
+    image = vit_flops(config)
+    return image and {name: image["image"] for name in config.model.modalities}
+
+
+@MODEL_FLOPS.register("two_towers")
+def two_towers_flops(config: Config) -> dict[str, TokenFlops] | None:
+    """Of one pair: both towers, and its products with the batch."""
+    model: TwoTowersConfig = config.model
+    text, image = model.text_tower, vit_flops(config)
+    blocks = _stack(config, text, text.text_length)
+    if blocks is None or image is None:
+        return None
+    pair = _pair(config, model.d_model + text.d_model)
+    return {"image": image["image"] + blocks + _pooling(text, text.text_length) + pair}
+
+
+@MODEL_FLOPS.register("limoe")
+def limoe_flops(config: Config) -> dict[str, TokenFlops] | None:
+    """Of one pair: the tower on both, the two heads, and its products with the batch."""
+    model: PairConfig = config.model
+    image = vit_flops(config)
+    if image is None:
+        return None
+    # One head over all tokens is not what two of them cost.
+    patches = model.num_tokens - model.text_length
+    heads = _pooling(model, patches) + _pooling(model, model.text_length)
+    rest = image["image"] + _pooling(model, model.num_tokens).scaled(-1)
+    return {"image": rest + heads + _pair(config, 2 * model.d_model)}
+
+
+def _pair(config: Config, widths: int) -> TokenFlops:
+    """From features into the common space, and the logits of a pair's picture and text."""
+    model = config.model
+    directions = 2 if config.objective.loss == "clip" else 1
+    products = directions * config.data.batch_size * model.embed_dim
+    return TokenFlops(2.0 * widths * model.embed_dim, 0.0, 2.0 * products)
+
+
+def _stack(config: Config, model: TrunkConfig, length: int) -> TokenFlops | None:
+    """All blocks on a row of that length; None if a kind of block has no formula."""
     kinds = [model.for_block(kind) for kind in model.block_kinds()]
     if not _has_formula(kinds):
         return None
     rows = config.data.batch_size // config.optim.accumulation_steps
     kinds = [(kind, _of_batch(own, rows)) for kind, own in kinds]
-    patches = 2.0 * model.num_patches * model.patch_size**2 * CHANNELS * d
-    total = TokenFlops(patches, 0.0, 2.0 * d * model.num_classes)
-    for kind, own in kinds:
-        total += BLOCK_FLOPS.get(kind)(own, 0, length).scaled(length)
-    if model.head == "map":
-        heads = model.num_heads * model.head_dim
-        keys_and_values = d * 2 * model.kv_heads * model.head_dim
-        products = 2 * d * heads + length * keys_and_values
-        total += TokenFlops(2.0 * products, 4.0 * length * heads, 0.0)
-        total += _mlp(model, max(model.ffn_hidden))
-    return {name: total for name in model.modalities}
+    costs = (BLOCK_FLOPS.get(kind)(own, 0, length).scaled(length) for kind, own in kinds)
+    return sum(costs, TokenFlops(0.0, 0.0, 0.0))
 
 
-MODEL_FLOPS.register("task_vit")(vit_flops)
+def _pooling(model: Any, length: int) -> TokenFlops:
+    """From tokens to the features of a row, by ``model.head``."""
+    if model.head != "map":
+        return TokenFlops(0.0, 0.0, 0.0)
+    heads = model.num_heads * model.head_dim
+    keys_and_values = model.d_model * 2 * model.kv_heads * model.head_dim
+    products = 2 * model.d_model * heads + length * keys_and_values
+    attention = TokenFlops(2.0 * products, 4.0 * length * heads, 0.0)
+    return attention + _mlp(model, max(model.ffn_hidden))
 
 
 def _of_batch(model: Any, rows: int) -> Any:

@@ -91,15 +91,20 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of one microbatch."""
     data = config.data
     rows = data.batch_size // config.optim.accumulation_steps
-    if data.format == "images":
+    if data.format in ("images", "pairs"):
         size = (rows, data.image_size, data.image_size, 3)
-        return {
+        batch = {
             "images": jax.ShapeDtypeStruct(size, jnp.uint8),
             "weights": jax.ShapeDtypeStruct((rows,), jnp.float32),
             "index": jax.ShapeDtypeStruct((rows,), jnp.int32),
             "labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
             "mirror": jax.ShapeDtypeStruct((rows,), jnp.bool_),
         }
+        if data.format == "pairs":
+            batch["tokens"] = jax.ShapeDtypeStruct((rows, data.sequence_length), jnp.int32)
+            for name in ("family", "concept", "style", "cluster"):
+                batch[name] = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        return batch
     names = ("tokens", "modality", "segments", "positions", "targets")
     shape = (rows, data.sequence_length)
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in names}

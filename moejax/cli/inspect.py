@@ -80,7 +80,7 @@ def inspect(config: Config, topology: Topology | None = None) -> dict[str, Any]:
         "visited_flops_per_token": counted.forward.visited,
         "visited_training_flops_per_token": counted.training.visited,
         "decode": dataclasses.asdict(decode) if decode else None,
-        "flops_per": "image" if config.data.format == "images" else "token",
+        "flops_per": {"images": "image", "pairs": "pair"}.get(config.data.format, "token"),
         "topology": topology.name if topology else None,
         "mesh": table.mesh,
         "bytes_per_device": table.bytes_per_device,

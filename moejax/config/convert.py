@@ -26,12 +26,17 @@ def default_config(model: str = "decoder", objective: str = "next_token"):
     }
     groups.update(
         model=made,
-        data=schema.DataConfig(
-            format="tokens" if isinstance(made, schema.DecoderConfig) else "images"
-        ),
+        data=schema.DataConfig(format=_format_of(made)),
         objective=schema.OBJECTIVE_CONFIGS.get(objective, field="objective.name")(),
     )
     return ml_collections.ConfigDict({name: to_dict(group) for name, group in groups.items()})
+
+
+def _format_of(model: Any) -> str:
+    """The ``data.format`` that a model reads."""
+    if isinstance(model, schema.PairConfig):
+        return "pairs"
+    return "tokens" if isinstance(model, schema.DecoderConfig) else "images"
 
 
 def to_dict(config) -> dict:

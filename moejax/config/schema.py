@@ -9,6 +9,8 @@ import dataclasses
 from typing import Any
 
 from moejax.config.checks import require, require_one_of, require_positive
+from moejax.config.contrastive import PairConfig as PairConfig
+from moejax.config.contrastive import TwoTowersConfig as TwoTowersConfig
 from moejax.config.decoder import DecoderConfig as DecoderConfig
 from moejax.config.decoder import LatentConfig as LatentConfig
 from moejax.config.registry import MODEL_CONFIGS as MODEL_CONFIGS
@@ -97,7 +99,8 @@ class DataConfig:
     sources: tuple[tuple[str, float], ...] = ()
     # Where prepared sets lie (local:, tfds:).
     data_dir: str = "~/moejax_data"
-    # "tokens": packed sequences for a decoder; "images": pictures for an autoencoder.
+    # "tokens": packed sequences for a decoder; "images": pictures for an autoencoder or a
+    # classifier; "pairs": pictures with their texts.
     format: str = "tokens"
     batch_size: int = 8
     sequence_length: int = 256
@@ -106,6 +109,8 @@ class DataConfig:
     caption: str = "name"
     # Art styles of local:emoji3m; () takes all.
     styles: tuple[str, ...] = ()
+    # A file that surgery/multiplet.py wrote: the cluster of each training record of format "pairs".
+    clusters: str = ""
     # Which features of a tfds: set are picture, text and label; "" leaves one out.
     image_feature: str = "image"
     text_feature: str = "text"
@@ -128,7 +133,7 @@ class DataConfig:
     def __post_init__(self):
         names = ("batch_size", "sequence_length", "image_size", "variants")
         require_positive(self, "data", names)
-        require_one_of(self.format, ("tokens", "images"), "data.format")
+        require_one_of(self.format, ("tokens", "images", "pairs"), "data.format")
         require_one_of(self.order, ("random", "text_first", "image_first"), "data.order")
         require_one_of(self.caption, ("name", "keywords"), "data.caption")
         for name in ("drop_text", "text_first_share"):
@@ -314,6 +319,7 @@ class Config:
             f"model {self.model.name!r} reads no token sequences; use data.format=images",
         )
         objective = self.objective.name
+        _check_pairs(self)
         require(
             self.data.format == "tokens" or objective not in ("next_token", "transfusion"),
             "data.format",
@@ -327,3 +333,31 @@ class Config:
                 f"{objective!r} does not fit model.latents.channels="
                 f"{self.model.latents.channels}; 'transfusion' needs latents, 'next_token' codes",
             )
+
+
+def _check_pairs(config: Config) -> None:
+    """UserError unless data, model and objective all are about pairs, or none of them is."""
+    pairs = isinstance(config.model, PairConfig)
+    require(
+        pairs == (config.data.format == "pairs"),
+        "data.format",
+        f"{config.data.format!r} does not fit model {config.model.name!r}; models of pictures and "
+        "texts (two_towers, limoe) need 'pairs', and no others do",
+    )
+    objective = config.objective.name
+    require(
+        pairs == (objective == "contrastive"),
+        "objective.name",
+        f"{objective!r} does not fit model {config.model.name!r}; models of pictures and texts "
+        "(two_towers, limoe) need 'contrastive', and no others do",
+    )
+    require(
+        not pairs or config.objective.negatives == "all" or bool(config.data.clusters),
+        "objective.negatives",
+        "'cluster' needs data.clusters, the file that says which",
+    )
+    require(
+        not pairs or config.optim.accumulation_steps == 1,
+        "optim.accumulation_steps",
+        "must be 1: the contrastive loss compares all rows of a batch with each other",
+    )

@@ -110,6 +110,7 @@ class EmojiSource:
             text=text,
             label=self.categories.index(row["category"]),
             family=row["family"],
+            concept=row["id"],
             mirror=may_mirror(row["names"]["en"], row["category"]),
         )
 

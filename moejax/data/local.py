@@ -82,6 +82,8 @@ class PreparedSource:
             image=self._picture(row, style, parts),
             text=self.text_at(index),
             family=header.get("family", header["id"]),
+            concept=header["id"],
+            style=style,
             mirror=header.get("mirror", False),
         )
         if "label" in header:

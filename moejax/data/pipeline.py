@@ -153,7 +153,10 @@ class ImagePipeline(RowPipeline):
         return [int(self._order(epoch)[place])]
 
     def row(self, index: int) -> Batch:
-        (number,) = self.row_records(index)
+        return self.record_row(*self.row_records(index))
+
+    def record_row(self, number: int) -> Batch:
+        """The row of record ``number`` of the source."""
         record = self.source[number]
         return {
             "images": record["image"],

@@ -19,6 +19,8 @@ class Record(TypedDict, total=False):
     audio_codes: Int32[np.ndarray, "units"]  # of speech, each below the source's num_audio_codes
     label: int
     family: str  # records of one family never lie in two splits
+    concept: str  # what it is of, whatever its style and language; within one family
+    style: str  # in which it is drawn, where there are several
     mirror: bool  # whether the mirrored image still fits the text; absent: it may not
 
 

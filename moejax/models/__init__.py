@@ -3,7 +3,9 @@
 from moejax.config.schema import Config
 from moejax.models import autoencoder as _autoencoder
 from moejax.models import decoder as _decoder
+from moejax.models import limoe as _limoe
 from moejax.models import task_vit as _task_vit
+from moejax.models import two_towers as _two_towers
 from moejax.models import vit as _vit
 from moejax.models.registry import MODELS
 from moejax.nn import depth as _depth

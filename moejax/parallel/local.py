@@ -16,6 +16,7 @@ _BATCH, _LENGTH = "batch", "length"
 # How an array lies over the mesh. Batch and length are placeholders: see TokenAxes.
 TOKENS = P(_BATCH, _LENGTH)  # [b, t, ...]
 FEATURES = P(_BATCH, _LENGTH, "tensor")  # [b, t, f, ...], f split over the tensor axis
+ROWS = P(_BATCH)  # [b, ...]
 # [b, s, f, ...]: every device of the sequence axis holds all s.
 ROW_FEATURES = P(_BATCH, None, "tensor")
 PER_DEVICE = P((_BATCH, _LENGTH))  # [1, ...] on each device, of its own tokens

@@ -11,7 +11,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.axes import BATCH_AXES, MESH_AXES
-from moejax.config.schema import Config, DecoderConfig, MeshConfig, TrunkConfig, ViTConfig
+from moejax.config.schema import (
+    Config,
+    DecoderConfig,
+    MeshConfig,
+    PairConfig,
+    TrunkConfig,
+    TwoTowersConfig,
+    ViTConfig,
+)
 from moejax.errors import UserError
 
 
@@ -73,8 +81,16 @@ def _split_sizes(config: Config) -> Iterator[tuple[str, str, int]]:
         yield "tensor", "model.vocab_size", model.vocab_size
     if isinstance(model, ViTConfig):
         yield "sequence", "the tokens of a picture", model.num_tokens
-    if not isinstance(model, TrunkConfig):
-        return
+    if isinstance(model, PairConfig):
+        yield "tensor", "model.vocab_size", model.vocab_size
+    if isinstance(model, TwoTowersConfig):
+        yield "sequence", "model.text_length", model.text_length
+        yield from _trunk_sizes(model.text_tower)
+    if isinstance(model, TrunkConfig):
+        yield from _trunk_sizes(model)
+
+
+def _trunk_sizes(model: TrunkConfig) -> Iterator[tuple[str, str, int]]:
     yield "fsdp", "model.d_model", model.d_model
     yield "tensor", "model.num_heads", model.num_heads
     yield "tensor", "model.num_kv_heads", model.kv_heads

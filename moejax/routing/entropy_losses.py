@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from moejax.errors import UserError
 from moejax.routing.losses import (
     Sums,
     num_valid,
@@ -83,10 +84,20 @@ def entropy_local(inputs: RouterInputs, plan: RoutingPlan, *, modality: int = -1
     return _probs_by_modality(inputs, plan, modality)
 
 
-def _global_value(sums: Mapping[str, Array], *, min_experts: float = 0.0) -> Array:
+def _global_value(
+    sums: Mapping[str, Array], *, min_experts: float = 0.0, min_experts_each: tuple = ()
+) -> Array:
     entropy_m = entropy(over(sums["probs_me"], sums["tokens_m"][:, None]))
-    if min_experts:
-        missing = jnp.maximum(math.log(min_experts) - entropy_m, 0)
+    least = min_experts_each or (min_experts,) * len(entropy_m)
+    if any(least):
+        if len(least) != len(entropy_m):
+            raise UserError(
+                f"model.moe.losses: entropy_global.min_experts_each={min_experts_each}: give one "
+                f"number for each of {len(entropy_m)} modalities"
+            )
+        # 0 experts are always used.
+        threshold_m = jnp.asarray([math.log(max(count, 1)) for count in least])
+        missing = jnp.maximum(threshold_m - entropy_m, 0)
         return jnp.where(sums["tokens_m"] > 0, missing, 0).sum()
     return -entropy_m.sum()
 
@@ -98,6 +109,7 @@ def entropy_global(inputs: RouterInputs, plan: RoutingPlan, *, modality: int = -
     LIMoE, arXiv 2206.02770. With ``min_experts`` it is ``max(0, log(min_experts) - H)``: no
     pressure once as many experts are used as that, and 0 at uniform if E is no less. Without it,
     -log E at uniform, its minimum, and 0 where all use one expert. Summed over all modalities
-    unless ``modality`` names one.
+    unless ``modality`` names one; ``min_experts_each`` has a threshold for each of them (0: none,
+    and no pressure).
     """
     return _probs_by_modality(inputs, plan, modality)

@@ -28,6 +28,7 @@ from moejax.parallel.mesh import replicated
 
 # What the names of a baseline's values begin with, and its title in the table.
 BASELINES = {
+    "chance_": "chance",
     "majority_": "class frequencies",
     "unigram_": "unigram baseline",
     "kmeans_": "k-means",

@@ -37,6 +37,12 @@ VISION = {
     "data.batch_size": 8,
     "optim.learning_rate": 1e-3,
 }
+# Texts of 8 words beside them; the batch is routed together, so that all rows compete.
+PAIRS = {name: value for name, value in VISION.items() if name != "model.last_blocks"} | {
+    "model.vocab_size": 64,
+    "model.text_length": 8,
+    "data.sequence_length": 8,
+}
 EXPERTS = {"model.moe.num_experts": 8, "model.moe.hidden": 16}
 CHOICE = {"model.moe.allowed": ((0, 1, 2, 3), (4, 5, 6, 7)), "model.moe.hidden": 16}
 MODELS = {
@@ -47,6 +53,9 @@ MODELS = {
     "deepseek_v3": ("deepseek_v3", {**EXPERTS, "model.moe.shared_hidden": 16}),
     "expert_choice": ("expert_choice", EXPERTS),
     "vmoe": ("vmoe", VISION),
+    "clip": ("clip", {**PAIRS, "objective.chunk": 3}),
+    "siglip": ("siglip", PAIRS),
+    "limoe": ("limoe", PAIRS),
 }
 MESHES = {
     "data": {"data": 8},
@@ -62,6 +71,8 @@ def batch_of(config, step):
     rng = np.random.default_rng(step)
     if config.data.format == "images":
         return pictures_of(config, rng)
+    if config.data.format == "pairs":
+        return pairs_of(config, rng)
     rows, length = config.data.batch_size, config.data.sequence_length
     share = np.linspace(0, 0.9, rows)[:, None]
     modality = (rng.random((rows, length)) < share).astype(np.int32)
@@ -102,11 +113,26 @@ def pictures_of(config, rng):
     }
 
 
+def pairs_of(config, rng):
+    """Pictures with texts, two of one family; one row is filler."""
+    rows, length = config.data.batch_size, config.data.sequence_length
+    tokens = rng.integers(16, config.model.vocab_size, (rows, length)).astype(np.int32)
+    tokens[::2, 5:] = 0
+    side = config.data.image_size
+    return {
+        "images": rng.integers(0, 256, (rows, side, side, 3)).astype(np.uint8),
+        "mirror": np.zeros(rows, bool),
+        "tokens": tokens,
+        "family": (np.arange(rows, dtype=np.int32) + 1) // 2,
+        "weights": (np.arange(rows) < rows - 1).astype(np.float32),
+    }
+
+
 def losses(model, mesh, devices):
     name, overrides = MODELS[model]
     mesh = {f"mesh.{axis}": size for axis, size in mesh.items()}
     with jax.enable_x64(True):
-        narrow = {} if overrides is VISION else NARROW
+        narrow = {} if "model.image_size" in overrides else NARROW
         config = load_config(name, {**narrow, **overrides, **mesh})
         setup = prepare_model(config, devices)
         step = setup.train_step()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.errors import UserError
 from moejax.routing import ROUTER_LOSSES, ROUTERS, RoutingPlan, limit_capacity
 from moejax.routing.perturb import perturb
 
@@ -261,6 +262,20 @@ def test_global_entropy_is_at_rest_above_its_threshold(value, run, make_inputs):
     assert at(used * 1.02) == pytest.approx(math.log(1.02), rel=1e-3)
 
 
+def test_global_entropy_has_a_threshold_for_each_modality(value, run, make_inputs):
+    inputs = make_inputs()
+    plan = run(top_k, inputs)
+    each = lambda *least: value("entropy_global", inputs, plan, min_experts_each=least)
+    one = lambda modality: value(
+        "entropy_global", inputs, plan, modality=modality, min_experts=20.0
+    )
+    assert each(20.0, 0.0) == pytest.approx(one(0)) and each(0.0, 20.0) == pytest.approx(one(1))
+    assert each(20.0, 20.0) == pytest.approx(one(0) + one(1))
+    assert one(0) > 0.1 and one(1) > 0.1 and abs(one(0) - one(1)) > 1e-3
+    with pytest.raises(UserError, match="entropy_global.min_experts_each"):
+        each(20.0)
+
+
 def test_a_modality_is_balanced_among_its_own(value, make_inputs):
     table = np.asarray([[1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 1]], bool)
     inputs = even(make_inputs)
@@ -308,5 +323,9 @@ def test_losses_are_about_choices_before_the_capacity(run, make_inputs):
 
 
 def test_options_are_those_of_both_functions():
-    assert ROUTER_LOSSES.get("entropy_global").defaults() == {"min_experts": 0.0, "modality": -1}
+    assert ROUTER_LOSSES.get("entropy_global").defaults() == {
+        "min_experts": 0.0,
+        "min_experts_each": (),
+        "modality": -1,
+    }
     assert ROUTER_LOSSES.get("switch").defaults() == {"per": "batch"}
