@@ -20,8 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.config.decoder import AROUND_OTHERS, DecoderConfig
+from moejax.config.decoder import DecoderConfig
 from moejax.config.schema import Config
+from moejax.config.trunk import AROUND_OTHERS
 from moejax.depth import attention_rank as rank_of_maps
 from moejax.depth import layers_of_lowest_rank, shortest_pattern
 from moejax.errors import UserError
