@@ -11,6 +11,7 @@ from typing import Any
 from moejax.config.checks import require, require_one_of, require_positive
 from moejax.config.decoder import DecoderConfig as DecoderConfig
 from moejax.config.decoder import LatentConfig as LatentConfig
+from moejax.config.evaluation import ProbeConfig, RobustnessConfig
 from moejax.config.registry import MODEL_CONFIGS as MODEL_CONFIGS
 from moejax.config.registry import OBJECTIVE_CONFIGS as OBJECTIVE_CONFIGS
 from moejax.config.training import OptimConfig, TrainConfig
@@ -236,6 +237,8 @@ class EvalConfig:
     best_metric: str = ""
     # The run stops after so many evaluations in a row without a better best_metric; 0: never.
     patience: int = 0
+    probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
+    robustness: RobustnessConfig = dataclasses.field(default_factory=RobustnessConfig)
 
     def __post_init__(self):
         require(self.every >= 0, "eval.every", "must not be negative")

@@ -92,9 +92,19 @@ class AugmentConfig:
     # Half of the pictures are mirrored, of those that their source allows it for ("allowed"), or
     # of all ("all"); "none".
     flip: str = "none"
+    # Each is multiplied by a factor from [1 - s, 1 + s], drawn for each picture.
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    # Each picture gets a share of another one, and as much of its label, by Beta(mixup, mixup).
+    mixup: float = 0.0
 
     def __post_init__(self):
         require(self.crop_padding >= 0, "objective.augment.crop_padding", "must not be negative")
+        for name in ("brightness", "contrast", "saturation"):
+            strength = getattr(self, name)
+            require(0 <= strength <= 1, f"objective.augment.{name}", f"{strength} is not in [0, 1]")
+        require(self.mixup >= 0, "objective.augment.mixup", "must not be negative")
         require_one_of(self.flip, ("none", "allowed", "all"), "objective.augment.flip")
 
 

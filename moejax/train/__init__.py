@@ -20,7 +20,9 @@ from moejax.train import (
     denoising,
     depth,
     likelihood,
+    linear_probe,
     reconstruction,
+    robustness,
     routing,
     sample_grid,
 )
@@ -44,7 +46,9 @@ __all__ = [
     "denoising",
     "depth",
     "likelihood",
+    "linear_probe",
     "reconstruction",
+    "robustness",
     "routing",
     "sample_grid",
 ]
