@@ -148,25 +148,30 @@ def decoder_flops(config: Config) -> dict[str, TokenFlops] | None:
 
 @MODEL_FLOPS.register("vit")
 def vit_flops(config: Config) -> dict[str, TokenFlops] | None:
-    """Of one picture: its patches in, the blocks on all tokens, pooling and classes."""
+    """Of one picture: its patches in, the blocks on all tokens, pooling and classes.
+
+    Of rows of several pictures, that of a row divided by its places for pictures.
+    """
     model: ViTConfig = config.model
-    length, d = model.num_tokens, model.d_model
+    places, d = config.images_per_row, model.d_model
+    num_patches = config.data.max_patches or model.num_patches
+    length = num_patches + places * (model.num_tokens - model.num_patches)
     kinds = [model.for_block(kind) for kind in model.block_kinds()]
     if not _has_formula(kinds):
         return None
     rows = config.data.batch_size // config.optim.accumulation_steps
     kinds = [(kind, _of_batch(own, rows)) for kind, own in kinds]
-    patches = 2.0 * model.num_patches * model.patch_size**2 * CHANNELS * d
-    total = TokenFlops(patches, 0.0, 2.0 * d * model.num_classes)
+    patches = 2.0 * num_patches * model.patch_size**2 * CHANNELS * d
+    total = TokenFlops(patches, 0.0, 2.0 * places * d * model.num_classes)
     for kind, own in kinds:
         total += BLOCK_FLOPS.get(kind)(own, 0, length).scaled(length)
     if model.head == "map":
         heads = model.num_heads * model.head_dim
         keys_and_values = d * 2 * model.kv_heads * model.head_dim
-        products = 2 * d * heads + length * keys_and_values
-        total += TokenFlops(2.0 * products, 4.0 * length * heads, 0.0)
-        total += _mlp(model, max(model.ffn_hidden))
-    return {"image": total}
+        products = places * 2 * d * heads + length * keys_and_values
+        total += TokenFlops(2.0 * products, 4.0 * places * length * heads, 0.0)
+        total += _mlp(model, max(model.ffn_hidden)).scaled(places)
+    return {"image": total.scaled(1 / places)}
 
 
 def _of_batch(model: Any, rows: int) -> Any:

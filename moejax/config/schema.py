@@ -20,6 +20,7 @@ from moejax.config.trunk import UntieConfig as UntieConfig
 from moejax.config.vision import AugmentConfig as AugmentConfig
 from moejax.config.vision import ClassificationConfig as ClassificationConfig
 from moejax.config.vision import ViTConfig as ViTConfig
+from moejax.config.vision import check_packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +102,10 @@ class DataConfig:
     batch_size: int = 8
     sequence_length: int = 256
     image_size: int = 32
+    # Pictures of these sizes in turn, several in a row of so many patches at the most; (): each
+    # picture by itself, of image_size.
+    image_sizes: tuple[int, ...] = ()
+    max_patches: int = 0
     languages: tuple[str, ...] = ("en",)
     caption: str = "name"
     # Art styles of local:emoji3m; () takes all.
@@ -128,6 +133,18 @@ class DataConfig:
         names = ("batch_size", "sequence_length", "image_size", "variants")
         require_positive(self, "data", names)
         require_one_of(self.format, ("tokens", "images"), "data.format")
+        require(
+            bool(self.image_sizes) == (self.max_patches > 0),
+            "data.max_patches",
+            "rows of several pictures need data.image_sizes and data.max_patches, both",
+        )
+        for size in self.image_sizes:
+            require(
+                0 < size <= self.image_size and self.format == "images",
+                "data.image_sizes",
+                f"{size}: pictures (data.format=images) of data.image_size={self.image_size} are "
+                "made smaller, never larger",
+            )
         require_one_of(self.order, ("random", "text_first", "image_first"), "data.order")
         require_one_of(self.caption, ("name", "keywords"), "data.caption")
         for name in ("drop_text", "text_first_share"):
@@ -314,6 +331,8 @@ class Config:
             "data.format",
             f"model {self.model.name!r} reads no token sequences; use data.format=images",
         )
+        if self.data.image_sizes:
+            check_packed(self.data, self.model, self.objective)
         objective = self.objective.name
         require(
             self.data.format == "tokens" or objective not in ("next_token", "transfusion"),
@@ -328,3 +347,10 @@ class Config:
                 f"{objective!r} does not fit model.latents.channels="
                 f"{self.model.latents.channels}; 'transfusion' needs latents, 'next_token' codes",
             )
+
+    @property
+    def images_per_row(self) -> int:
+        """Places for pictures in a row of a batch of pictures."""
+        if not self.data.image_sizes:
+            return 1
+        return self.data.max_patches // (min(self.data.image_sizes) // self.model.patch_size) ** 2

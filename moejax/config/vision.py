@@ -82,6 +82,45 @@ class ViTConfig(TrunkConfig):
         return (self.head == "class_token") + self.registers + self.num_patches
 
 
+def check_packed(data, model, objective) -> None:
+    """UserError unless pictures of ``data.image_sizes`` can share a row of ``model``."""
+    require(
+        isinstance(model, ViTConfig),
+        "data.image_sizes",
+        f"model {model.name!r} reads pictures of one size; leave it empty",
+    )
+    for size in data.image_sizes:
+        require(
+            size % model.patch_size == 0,
+            "data.image_sizes",
+            f"model.patch_size={model.patch_size} does not divide {size}",
+        )
+    largest = (max(data.image_sizes) // model.patch_size) ** 2
+    require(
+        data.max_patches >= largest,
+        "data.max_patches",
+        f"{data.max_patches} is less than the {largest} patches of the largest picture",
+    )
+    require(
+        model.positions != "learned",
+        "model.positions",
+        "'learned' places are those of one grid, and data.image_sizes has several; use 'sincos' or "
+        "'rope'",
+    )
+    require(
+        not (model.moe.num_experts and model.moe.router.name == "soft"),
+        "model.moe.router.name",
+        "'soft' would mix the pictures of a row (data.image_sizes); use another router",
+    )
+    augment = getattr(objective, "augment", AugmentConfig())
+    require(
+        augment == AugmentConfig(),
+        "objective.augment",
+        "pictures that share a row (data.image_sizes) are not changed; leave crop_padding 0, flip "
+        "'none' and the others 0",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
     """Random changes of training pictures (moejax/ops/augment.py), by the rng of the step."""

@@ -78,7 +78,7 @@ class TuxpaintSource:
 
 
 def families_of(captions: dict[str, str]) -> dict[str, str]:
-    """stamp -> family, which is called by its first stamp, or by its series."""
+    """The family of each stamp, which is called by its first stamp, or by its series."""
     family: dict[str, str] = {}
     first_with: dict[tuple[str, str], str] = {}
     for stamp in sorted(captions):
@@ -97,7 +97,7 @@ def families_of(captions: dict[str, str]) -> dict[str, str]:
 
 
 def split_families(families: dict[str, str]) -> dict[str, str]:
-    """family -> split."""
+    """The split of each family."""
     splits = {}
     for category in sorted({_category(stamp) for stamp in families}):
         names = {name for name in families.values() if _category(name) == category}
@@ -124,7 +124,7 @@ def _thing(stamp: str) -> str:
 
 
 def _captions(folder: Path) -> dict[str, str]:
-    """stamp -> English description, in the order of their names; those without a picture left out.
+    """English description of each stamp with a picture, in the order of their names.
 
     Raises UserError if there are none.
     """
@@ -165,7 +165,7 @@ def _one_way(path: Path) -> bool:
 def _pictures(
     folder: Path, stamps: Iterable[str], size: int, name: str
 ) -> tuple[dict[str, UInt8[np.ndarray, "size size 3"]], str]:
-    """stamp -> picture on white, and a hash of their files."""
+    """The picture of each stamp, on white, and a hash of their files."""
     files = {stamp: _picture_file(folder, stamp) or "" for stamp in stamps}
     photographs = [file for file in files.values() if file.endswith(".png")]
     where = dict.fromkeys(photographs, f"data.source={name}")

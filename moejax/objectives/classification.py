@@ -40,12 +40,21 @@ def labelled(batch: dict) -> Bool[Any, " b"]:
     return (batch["weights"] > 0) & (batch["labels"] >= 0)
 
 
+def one_picture_a_row(logits: Float[Array, "... v"], batch: dict) -> tuple[Array, dict]:
+    """Logits [n, v] and the batch's labels and weights [n], also of rows of several pictures."""
+    flat = {name: batch[name].reshape(-1) for name in ("labels", "weights")}
+    return logits.reshape(-1, logits.shape[-1]), {**batch, **flat}
+
+
 def augmented(batch: dict, rng: Array, config: AugmentConfig) -> dict:
     """The batch with its ``images`` [b, h, w, c] changed at random; ``mirror`` [b] allows flips.
 
     Mixed pictures have ``other_labels`` [b] beside their ``labels``, and ``label_share`` [b], how
     much of the target is their own.
     """
+    if config == AugmentConfig():
+        # Also rows of patches, which nothing is done to.
+        return batch
     images = batch["images"]
     crop_rng, mirror_rng, colour_rng, mixup_rng = jax.random.split(rng, 4)
     if config.crop_padding:
@@ -86,7 +95,8 @@ def classification(config: ClassificationConfig, model: ViTConfig):
 
     def loss(outputs, batch: dict, rng=None) -> LossSums:
         del rng
-        logits, counted = outputs.logits, labelled(batch)
+        logits, batch = one_picture_a_row(outputs.logits, batch)
+        counted = labelled(batch)
         weights = batch["weights"].astype(logits.dtype) * counted
         labels = jnp.maximum(batch["labels"], 0)
         nats = class_losses(logits, labels, config.loss, config.label_smoothing)

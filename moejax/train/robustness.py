@@ -67,11 +67,16 @@ def robustness(context: EvalContext) -> EvalResult:
 
 
 def check(config: Config) -> None:
-    """UserError unless the model has classes."""
+    """UserError unless the model has classes and a row of a batch is a picture."""
     require(
         getattr(config.model, "num_classes", 0) > 0,
         "eval.metrics",
         "'robustness' needs a model with classes (model.num_classes); leave it out",
+    )
+    require(
+        not config.data.image_sizes,
+        "eval.metrics",
+        "'robustness' needs pictures of one size, and data.image_sizes has several; leave it out",
     )
 
 

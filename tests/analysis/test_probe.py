@@ -38,7 +38,7 @@ def test_ridge_is_least_squares_with_rows_for_the_penalty(n, d, penalty):
 
 
 def test_ridge_by_hand():
-    """x = -1, 1 of classes 0, 1: slope 1 / (1 + penalty), no bias."""
+    """Features -1, 1 of classes 0, 1: slope 1 / (1 + penalty), no bias."""
     weights, bias = Ridge(np.asarray([[-1.0], [1.0]]), np.asarray([0, 1]), 2).solve(0.25)
     np.testing.assert_allclose(weights, [[-0.8, 0.8]])
     np.testing.assert_allclose(bias, [0, 0], atol=1e-12)

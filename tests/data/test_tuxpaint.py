@@ -133,7 +133,9 @@ def test_mistakes(folder, tmp_path, monkeypatch):
     message = mistake("tuxpaint:default")
     assert message.endswith("install it: apt-get install tuxpaint-stamps-default")
     (tmp_path / "empty").mkdir()
-    assert "has no stamps (NAME.txt with NAME.png); give the" in mistake(f"tuxpaint:{tmp_path}/empty")
+    assert "has no stamps (NAME.txt with NAME.png); give the" in mistake(
+        f"tuxpaint:{tmp_path}/empty"
+    )
     (folder / "symbols/alphabets/a.svg").write_text("<svg")
     assert "a.svg cannot be drawn (" in mistake(f"tuxpaint:{folder}")
     (folder / "symbols/alphabets/a.txt").write_text("\n")
