@@ -419,7 +419,15 @@ def routing_aux(
     """Sums over the tokens for losses and statistics; with ``ctx.record`` the choices as well."""
     b, t = ctx.modality_bt.shape
     if isinstance(plan, SoftPlan):
-        return {"statistics": routing_statistics(inputs, plan, inputs.num_modalities), "losses": {}}
+        aux = {"statistics": routing_statistics(inputs, plan, inputs.num_modalities), "losses": {}}
+        if ctx.record:
+            # No choice is made; the expert whose slots a token mixes most of stands for one.
+            mixed_bte = plan.combine.sum(axis=-1).reshape(b, t, -1)
+            heaviest = mixed_bte.argmax(axis=-1, keepdims=True).astype(jnp.int32)
+            aux["expert_ids"] = aux["chosen_ids"] = heaviest
+            aux["weights"] = mixed_bte.max(axis=-1, keepdims=True)
+            aux["logits"] = inputs.logits.reshape(b, t, -1)
+        return aux
     aux: dict[str, Any] = {
         "statistics": routing_statistics(inputs, plan, inputs.num_modalities),
         "losses": {

@@ -29,37 +29,35 @@ def robustness(context: EvalContext) -> EvalResult:
     """See the module docstring. Needs a model with classes and labelled pictures."""
     model, levels = context.model, context.config.eval.robustness
     key = jax.random.key(levels.seed)
-    damages: dict[str, Any] = {"clean": lambda batch: batch["images"]}
+    damages: dict[str, Any] = {"clean": lambda images, index: images}
     for std in levels.noise:
-        damages[_name("noise", std)] = lambda batch, std=std: add_noise(
-            key, batch["images"], batch["index"], std
+        damages[_name("noise", std)] = lambda images, index, std=std: add_noise(
+            key, images, index, std
         )
     for sigma in levels.blur:
-        damages[_name("blur", sigma)] = lambda batch, sigma=sigma: blur(batch["images"], sigma)
-
-    def right(damage: Any):
-        def program(params: Any, batch: dict) -> jax.Array:
-            damaged = {**batch, "images": damage(batch)}
-            logits = model.apply({"params": params}, damaged, train=False).logits
-            counted = labelled(batch)
-            rank = rank_of_label(logits, batch["labels"] * counted)
-            return (counted & (rank == 0)).sum()
-
-        return program
-
-    # Names of programs hold what they depend on: settings may differ between two evaluations.
-    programs = {
-        name: context.program(f"{NAME} {levels.seed} {name}", right(damage))
+        damages[_name("blur", sigma)] = lambda images, index, sigma=sigma: blur(images, sigma)
+    # The model is compiled once. Names hold what a program depends on.
+    damages = {
+        name: context.kept(f"{NAME} {levels.seed} {name}", lambda damage=damage: jax.jit(damage))
         for name, damage in damages.items()
     }
+
+    def right(params: Any, batch: dict) -> jax.Array:
+        logits = model.apply({"params": params}, batch, train=False).logits
+        counted = labelled(batch)
+        rank = rank_of_label(logits, batch["labels"] * counted)
+        return (counted & (rank == 0)).sum()
+
+    forward = context.program(NAME, right)
     counts = context.train_pipeline.label_counts(context.config.model.num_classes)
     found, majority, pictures = dict.fromkeys(damages, 0), 0, 0
     for batch, on_device in context.batches():
         counted = labelled(batch)
         pictures += int(counted.sum())
         majority += int((counted & (batch["labels"] == counts.argmax())).sum())
-        for name, program in programs.items():
-            found[name] += int(program(context.params, on_device))
+        for name, damage in damages.items():
+            images = damage(on_device["images"], on_device["index"])
+            found[name] += int(forward(context.params, {**on_device, "images": images}))
     share = lambda number: number / pictures if pictures else float("nan")
     values = {f"{NAME}/{name}": share(number) for name, number in found.items()}
     values[f"{NAME}/majority_clean"] = share(majority)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax.cli.eval import with_options
 from moejax.config import load_config
 from moejax.config.evaluation import ProbeConfig, RobustnessConfig
 from moejax.config.schema import Config, DataConfig, EvalConfig
@@ -166,3 +167,16 @@ def test_mistakes():
         ProbeConfig(shots=(0, 1))
     with pytest.raises(UserError, match="eval.robustness.noise: name positive levels"):
         RobustnessConfig(noise=(8.0, 8.0))
+
+
+def test_options_of_evaluators_can_be_changed_for_a_run_that_is_there():
+    config = load_config("vit")
+    changes = ["eval.probe.source=tuxpaint:default", "eval.robustness.noise=(1.0,)"]
+    changed = with_options(config, changes)
+    assert changed.eval.probe.source == "tuxpaint:default"
+    assert changed.eval.robustness.noise == (1.0,)
+    assert dataclasses.replace(changed, eval=config.eval) == config
+    with pytest.raises(UserError, match="config.data.source=a:b: the run keeps the config"):
+        with_options(config, ["data.source=a:b"])
+    with pytest.raises(UserError, match="eval.probe has no field 'sauce'"):
+        with_options(config, ["eval.probe.sauce=a:b"])
