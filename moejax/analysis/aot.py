@@ -111,7 +111,7 @@ def _facts(setup: ModelSetup, topology: Topology, jaxpr: Any) -> dict[str, Any]:
     config = setup.config
     table = param_table(setup.model, config, topology.num_devices)
     length = config.data.sequence_length if config.data.format == "tokens" else None
-    positions = config.data.batch_size * (length or 1)
+    positions = config.data.batch_size * (length or config.images_per_row)
     try:
         counted = count_jaxpr(jaxpr)
     except UncountableError:

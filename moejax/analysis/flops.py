@@ -155,14 +155,20 @@ def decoder_flops(config: Config) -> dict[str, TokenFlops] | None:
 
 @MODEL_FLOPS.register("vit")
 def vit_flops(config: Config) -> dict[str, TokenFlops] | None:
-    """Of one picture: its patches in, the blocks on all tokens, pooling and classes."""
+    """Of one picture: its patches in, the blocks on all tokens, pooling and classes.
+
+    Of rows of several pictures, that of a row divided by its places for pictures.
+    """
     model: ViTConfig = config.model
-    blocks = _stack(config, model, model.num_tokens)
+    places = config.images_per_row
+    num_patches = config.data.max_patches or model.num_patches
+    length = num_patches + places * (model.num_tokens - model.num_patches)
+    blocks = _stack(config, model, length)
     if blocks is None:
         return None
-    patches = 2.0 * model.num_patches * model.patch_size**2 * CHANNELS * model.d_model
-    total = TokenFlops(patches, 0.0, 2.0 * model.d_model * model.num_classes)
-    return {"image": total + blocks + _pooling(model, model.num_tokens)}
+    patches = 2.0 * num_patches * model.patch_size**2 * CHANNELS * model.d_model
+    total = TokenFlops(patches, 0.0, 2.0 * places * model.d_model * model.num_classes)
+    return {"image": (total + blocks + _pooling(model, length, places)).scaled(1 / places)}
 
 
 @MODEL_FLOPS.register("task_vit")
@@ -217,15 +223,15 @@ def _stack(config: Config, model: TrunkConfig, length: int) -> TokenFlops | None
     return sum(costs, TokenFlops(0.0, 0.0, 0.0))
 
 
-def _pooling(model: Any, length: int) -> TokenFlops:
-    """From tokens to the features of a row, by ``model.head``."""
+def _pooling(model: Any, length: int, places: int = 1) -> TokenFlops:
+    """From tokens to the features of so many pictures, or texts, in a row, by ``model.head``."""
     if model.head != "map":
         return TokenFlops(0.0, 0.0, 0.0)
     heads = model.num_heads * model.head_dim
     keys_and_values = model.d_model * 2 * model.kv_heads * model.head_dim
-    products = 2 * model.d_model * heads + length * keys_and_values
-    attention = TokenFlops(2.0 * products, 4.0 * length * heads, 0.0)
-    return attention + _mlp(model, max(model.ffn_hidden))
+    products = places * 2 * model.d_model * heads + length * keys_and_values
+    attention = TokenFlops(2.0 * products, 4.0 * places * length * heads, 0.0)
+    return attention + _mlp(model, max(model.ffn_hidden)).scaled(places)
 
 
 def _of_batch(model: Any, rows: int) -> Any:

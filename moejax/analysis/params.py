@@ -91,6 +91,18 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of one microbatch."""
     data = config.data
     rows = data.batch_size // config.optim.accumulation_steps
+    if data.image_sizes:
+        length, places = data.max_patches, config.images_per_row
+        batch = {
+            name: jax.ShapeDtypeStruct((rows, places), jnp.int32) for name in ("labels", "index")
+        }
+        pixels = config.model.patch_size**2 * 3
+        return batch | {
+            "patches": jax.ShapeDtypeStruct((rows, length, pixels), jnp.uint8),
+            "image_id": jax.ShapeDtypeStruct((rows, length), jnp.int32),
+            "places": jax.ShapeDtypeStruct((rows, length, 2), jnp.int32),
+            "weights": jax.ShapeDtypeStruct((rows, places), jnp.float32),
+        }
     if data.format in ("images", "pairs"):
         size = (rows, data.image_size, data.image_size, 3)
         batch = {

@@ -1,10 +1,16 @@
 """``moejax eval``: evaluates a checkpoint of a run."""
 
 import contextlib
+import dataclasses
 import sys
 from collections.abc import Sequence
 
+import ml_collections
+
 from moejax.cli.common import command_parser, print_json
+from moejax.config.convert import freeze, to_dict
+from moejax.config.load import overridden
+from moejax.config.schema import Config
 from moejax.errors import UserError
 
 
@@ -14,9 +20,12 @@ def run(argv: Sequence[str]) -> int:
         "eval",
         "Evaluate a checkpoint: the evaluators that its config names, beside their baselines.\n"
         "Pictures that they draw go into WORKDIR/samples/step_N, arrays that `moejax report`\n"
-        "shows into WORKDIR/arrays/step_N.",
+        "shows into WORKDIR/arrays/step_N. Options of evaluators are set as in training, such as\n"
+        "--config.eval.probe.source=tuxpaint:default.",
         config=False,
     )
+    # Overrides are taken, of the group eval alone.
+    parser.set_defaults(config=None)
     parser.add_argument(
         "--split",
         choices=("train", "val", "test"),
@@ -42,6 +51,8 @@ def run(argv: Sequence[str]) -> int:
     aside = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
     with aside:
         loaded = load(args.workdir, args.step)
+        config = with_options(loaded.config, args.overrides)
+        loaded = dataclasses.replace(loaded, config=config)
         split = args.split or loaded.config.eval.split
         context = loaded.eval_context(args.split, [args.metrics] if args.metrics else ())
         result = run_evaluators(context, eval_plans(context.config.eval))
@@ -57,3 +68,16 @@ def run(argv: Sequence[str]) -> int:
         lines = [format_table(result.values), *result.notes, *map(str, [*paths, *saved])]
         print("\n".join(lines))
     return 0
+
+
+def with_options(config: Config, overrides: Sequence[str]) -> Config:
+    """``config`` with overrides of its group ``eval``; UserError for those of another group."""
+    for override in overrides:
+        if not override.startswith("eval."):
+            raise UserError(
+                f"--config.{override}: the run keeps the config that it was made with; only "
+                "--config.eval... can be changed"
+            )
+    if not overrides:
+        return config
+    return freeze(overridden(ml_collections.ConfigDict(to_dict(config)), overrides))

@@ -85,6 +85,13 @@ def load_config_dict(spec: str, overrides: Sequence[str] = ()) -> ml_collections
     config = module.get_config(arg)
     # Also of a config that is made from another one.
     config.about.name = f"{path.stem}_{arg}" if arg else path.stem
+    return overridden(config, overrides)
+
+
+def overridden(
+    config: ml_collections.ConfigDict, overrides: Sequence[str]
+) -> ml_collections.ConfigDict:
+    """The ConfigDict, locked, with ``--config.a.b=v`` overrides applied; UserError for bad ones."""
     values = flags.FlagValues()
     # Of a field that is given twice the last value counts; absl would join tuples.
     given = dict(_normalised(override, config).split("=", 1) for override in overrides)

@@ -13,6 +13,7 @@ from moejax.config.contrastive import PairConfig as PairConfig
 from moejax.config.contrastive import TwoTowersConfig as TwoTowersConfig
 from moejax.config.decoder import DecoderConfig as DecoderConfig
 from moejax.config.decoder import LatentConfig as LatentConfig
+from moejax.config.evaluation import ProbeConfig, RobustnessConfig
 from moejax.config.registry import MODEL_CONFIGS as MODEL_CONFIGS
 from moejax.config.registry import OBJECTIVE_CONFIGS as OBJECTIVE_CONFIGS
 from moejax.config.tasks import MultitaskConfig as MultitaskConfig
@@ -23,6 +24,7 @@ from moejax.config.trunk import UntieConfig as UntieConfig
 from moejax.config.vision import AugmentConfig as AugmentConfig
 from moejax.config.vision import ClassificationConfig as ClassificationConfig
 from moejax.config.vision import ViTConfig as ViTConfig
+from moejax.config.vision import check_packed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +107,10 @@ class DataConfig:
     batch_size: int = 8
     sequence_length: int = 256
     image_size: int = 32
+    # Pictures of these sizes in turn, several in a row of so many patches at the most; (): each
+    # picture by itself, of image_size.
+    image_sizes: tuple[int, ...] = ()
+    max_patches: int = 0
     languages: tuple[str, ...] = ("en",)
     caption: str = "name"
     # Art styles of local:emoji3m; () takes all.
@@ -134,6 +140,18 @@ class DataConfig:
         names = ("batch_size", "sequence_length", "image_size", "variants")
         require_positive(self, "data", names)
         require_one_of(self.format, ("tokens", "images", "pairs"), "data.format")
+        require(
+            bool(self.image_sizes) == (self.max_patches > 0),
+            "data.max_patches",
+            "rows of several pictures need data.image_sizes and data.max_patches, both",
+        )
+        for size in self.image_sizes:
+            require(
+                0 < size <= self.image_size and self.format == "images",
+                "data.image_sizes",
+                f"{size}: pictures (data.format=images) of data.image_size={self.image_size} are "
+                "made smaller, never larger",
+            )
         require_one_of(self.order, ("random", "text_first", "image_first"), "data.order")
         require_one_of(self.caption, ("name", "keywords"), "data.caption")
         for name in ("drop_text", "text_first_share"):
@@ -243,6 +261,8 @@ class EvalConfig:
     best_metric: str = ""
     # The run stops after so many evaluations in a row without a better best_metric; 0: never.
     patience: int = 0
+    probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
+    robustness: RobustnessConfig = dataclasses.field(default_factory=RobustnessConfig)
 
     def __post_init__(self):
         require(self.every >= 0, "eval.every", "must not be negative")
@@ -318,6 +338,8 @@ class Config:
             "data.format",
             f"model {self.model.name!r} reads no token sequences; use data.format=images",
         )
+        if self.data.image_sizes:
+            check_packed(self.data, self.model, self.objective)
         objective = self.objective.name
         _check_pairs(self)
         require(
@@ -333,6 +355,13 @@ class Config:
                 f"{objective!r} does not fit model.latents.channels="
                 f"{self.model.latents.channels}; 'transfusion' needs latents, 'next_token' codes",
             )
+
+    @property
+    def images_per_row(self) -> int:
+        """Places for pictures in a row of a batch of pictures."""
+        if not self.data.image_sizes:
+            return 1
+        return self.data.max_patches // (min(self.data.image_sizes) // self.model.patch_size) ** 2
 
 
 def _check_pairs(config: Config) -> None:

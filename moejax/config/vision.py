@@ -83,6 +83,45 @@ class ViTConfig(TrunkConfig):
         return (self.head == "class_token") + self.registers + self.num_patches
 
 
+def check_packed(data, model, objective) -> None:
+    """UserError unless pictures of ``data.image_sizes`` can share a row of ``model``."""
+    require(
+        isinstance(model, ViTConfig),
+        "data.image_sizes",
+        f"model {model.name!r} reads pictures of one size; leave it empty",
+    )
+    for size in data.image_sizes:
+        require(
+            size % model.patch_size == 0,
+            "data.image_sizes",
+            f"model.patch_size={model.patch_size} does not divide {size}",
+        )
+    largest = (max(data.image_sizes) // model.patch_size) ** 2
+    require(
+        data.max_patches >= largest,
+        "data.max_patches",
+        f"{data.max_patches} is less than the {largest} patches of the largest picture",
+    )
+    require(
+        model.positions != "learned",
+        "model.positions",
+        "'learned' places are those of one grid, and data.image_sizes has several; use 'sincos' or "
+        "'rope'",
+    )
+    require(
+        not (model.moe.num_experts and model.moe.router.name == "soft"),
+        "model.moe.router.name",
+        "'soft' would mix the pictures of a row (data.image_sizes); use another router",
+    )
+    augment = getattr(objective, "augment", AugmentConfig())
+    require(
+        augment == AugmentConfig(),
+        "objective.augment",
+        "pictures that share a row (data.image_sizes) are not changed; leave crop_padding 0, flip "
+        "'none' and the others 0",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
     """Random changes of training pictures (moejax/ops/augment.py), by the rng of the step."""
@@ -93,9 +132,19 @@ class AugmentConfig:
     # Half of the pictures are mirrored, of those that their source allows it for ("allowed"), or
     # of all ("all"); "none".
     flip: str = "none"
+    # Each is multiplied by a factor from [1 - s, 1 + s], drawn for each picture.
+    brightness: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    # Each picture gets a share of another one, and as much of its label, by Beta(mixup, mixup).
+    mixup: float = 0.0
 
     def __post_init__(self):
         require(self.crop_padding >= 0, "objective.augment.crop_padding", "must not be negative")
+        for name in ("brightness", "contrast", "saturation"):
+            strength = getattr(self, name)
+            require(0 <= strength <= 1, f"objective.augment.{name}", f"{strength} is not in [0, 1]")
+        require(self.mixup >= 0, "objective.augment.mixup", "must not be negative")
         require_one_of(self.flip, ("none", "allowed", "all"), "objective.augment.flip")
 
 

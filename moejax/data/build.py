@@ -6,6 +6,7 @@ from typing import Any
 from moejax.config.schema import Config, DataConfig
 from moejax.data.image_codes import ImageCodec
 from moejax.data.mixture import MixedRecords, MixturePipeline
+from moejax.data.packed_images import PackedImagePipeline
 from moejax.data.pair_pipeline import PairPipeline
 from moejax.data.pipeline import ImagePipeline, RowPipeline
 from moejax.data.sources import RecordSource, open_source
@@ -37,7 +38,7 @@ def _of_source(config: Config, spec: str, split: str, codec: ImageCodec | None) 
     if len(source) == 0:
         raise UserError(f"data.source={spec}: split {split!r} has no records")
     if config.data.format == "images":
-        return ImagePipeline(config, source)
+        return (PackedImagePipeline if config.data.image_sizes else ImagePipeline)(config, source)
     if config.data.format == "pairs":
         return PairPipeline(config, source)
     data = dataclasses.replace(config.data, source=spec, sources=())

@@ -32,6 +32,31 @@ def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return bins
 
 
+def first_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Bins of positions into ``lengths``, each of total length at most ``capacity``.
+
+    Each item goes into the first bin that still takes it, in the order that they come in: unlike
+    :func:`best_fit`, which brings items of one length together, it fills a bin with what is next to
+    each other.
+    """
+    if len(lengths) and int(lengths.max()) > capacity:
+        raise ValueError(f"an item of {int(lengths.max())} tokens does not fit in {capacity}")
+    least = int(lengths.min()) if len(lengths) else 0
+    bins: list[list[int]] = []
+    # Bins that take at least the shortest item, and their room.
+    rooms: dict[int, int] = {}
+    for position, length in enumerate(map(int, lengths)):
+        index = next((i for i, room in rooms.items() if room >= length), len(bins))
+        if index == len(bins):
+            bins.append([])
+            rooms[index] = capacity
+        bins[index].append(position)
+        rooms[index] -= length
+        if rooms[index] < least:
+            del rooms[index]
+    return bins
+
+
 class PackingPlan:
     """The bins of every epoch for items of the given lengths (tokens)."""
 

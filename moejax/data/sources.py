@@ -107,6 +107,14 @@ def open_fashion_mnist(rest: str, split: str, data: DataConfig) -> RecordSource:
     return FashionMnistSource(rest, split, image_size=data.image_size)
 
 
+@SOURCES.register("tuxpaint")
+def open_tuxpaint(rest: str, split: str, data: DataConfig) -> RecordSource:
+    """Stamps of Tux Paint: ``default`` is Debian's package, else a folder of stamps."""
+    from moejax.data.tuxpaint import TuxpaintSource
+
+    return TuxpaintSource(rest, split, image_size=data.image_size)
+
+
 @SOURCES.register("local")
 def open_local(rest: str, split: str, data: DataConfig) -> RecordSource:
     """A set under ``data.data_dir`` that `moejax prepare` made, such as emoji3m."""

@@ -6,6 +6,8 @@ tokens of a picture see each other. Departures: no biases but those of patches a
 and SwiGLU unless ``model.norm`` and ``model.ffn_activation`` say otherwise.
 """
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -37,12 +39,30 @@ class ViTOutput:
       patches: [b, p, d], the features of its patches, row by row, after the last norm.
       aux: statistics of the blocks.
       logits: [b, v] of the classes, in float32 or wider; None without classes.
+
+    Of rows with places for i pictures ``pooled`` is [b, i, d] and ``logits`` [b, i, v].
     """
 
     pooled: jax.Array
     patches: jax.Array
     aux: dict
     logits: jax.Array | None = None
+
+
+class Rows(NamedTuple):
+    """Patches of the pictures in each row.
+
+    Attributes:
+      pixels: [b, p, f] of each patch.
+      places: [b, p, 2], row and column of each in its picture's grid.
+      image: [b, p], which of the row's pictures it is of, from 1 on; 0 for padding.
+      kept: [b, i], which pictures count.
+    """
+
+    pixels: jax.Array
+    places: jax.Array
+    image: jax.Array
+    kept: jax.Array
 
 
 class ViT(nn.Module):
@@ -63,91 +83,147 @@ class ViT(nn.Module):
 
         Args:
           batch: ``images`` [b, h, w, 3] uint8; ``weights`` [b] f32 (absent: 1), 0 for rows that
-            only fill up a batch and take no part in the routing.
+            only fill up a batch and take no part in the routing. Or rows of several pictures of any
+            size, which do not see each other: ``patches`` [b, p, f] uint8, ``image_id`` [b, p],
+            ``places`` [b, p, 2] and ``weights`` [b, i] (moejax/data/packed_images.py).
           train: apply dropout and the noise of routers (with the rng stream "dropout").
           step: of the training run, [] i32, for what changes in the course of it.
           record: give each token's experts, weights and logits in ``aux``.
 
         Raises UserError, when it is traced, if the pictures are not of ``model.image_size``.
         """
-        cfg = self.config
-        x_btd = constrain_tokens(self._embed(batch["images"]))
+        cfg, packed = self.config, "patches" in batch
+        rows = self._rows(batch)
+        x_btd = constrain_tokens(self._embed_rows(rows, packed))
         ctx = self._context(batch, x_btd, train=train, step=step, record=record)
         x_btd, _, aux = Stack(cfg, name="stack")(x_btd, {}, ctx)
         norm = Norm(cfg.norm, cfg.norm_eps, 1, param_dtype(cfg), name="final_norm")
         x_btd = norm(x_btd, ctx.modality_bt)
-        patches_bpd = x_btd[:, -cfg.num_patches :]
+        patches_bpd = x_btd[:, -rows.pixels.shape[1] :]
+        number_i = jnp.arange(1, rows.kept.shape[1] + 1, dtype=jnp.int32)
         if cfg.head == "map":
-            pooled_bd = MapHead(cfg, name="map_head")(x_btd, ctx)
-        elif cfg.head == "mean":
-            pooled_bd = patches_bpd.mean(axis=1)
+            member_bit = ctx.segments_bt[:, None, :] == number_i[None, :, None]
+            pooled_bid = MapHead(cfg, name="map_head")(x_btd, ctx, member_bit)
+        elif cfg.head == "class_token":
+            pooled_bid = x_btd[:, : len(number_i)]
+        elif packed:
+            member_bip = rows.image[:, None, :] == number_i[None, :, None]
+            share = member_bip / jnp.maximum(member_bip.sum(axis=-1, keepdims=True), 1)
+            pooled_bid = jnp.einsum("bip,bpd->bid", share.astype(x_btd.dtype), patches_bpd)
         else:
-            pooled_bd = x_btd[:, 0]
-        logits = self._classify(pooled_bd) if cfg.num_classes else None
-        return ViTOutput(pooled_bd, patches_bpd, aux, logits)
+            pooled_bid = patches_bpd.mean(axis=1, keepdims=True)
+        logits = self._classify(pooled_bid) if cfg.num_classes else None
+        if not packed:
+            pooled_bid = pooled_bid[:, 0]
+            logits = None if logits is None else logits[:, 0]
+        return ViTOutput(pooled_bid, patches_bpd, aux, logits)
 
-    def _embed(self, images: jax.Array) -> jax.Array:
-        """[b, h, w, 3] uint8 -> tokens [b, t, d]: class token, registers, patches with places."""
-        cfg, dtype = self.config, compute_dtype(self.config)
+    def _rows(self, batch: dict) -> Rows:
+        if "patches" in batch:
+            return packed_rows(batch)
+        return self._whole(batch["images"], batch.get("weights"))
+
+    def _whole(self, images: jax.Array, weights: jax.Array | None = None) -> Rows:
+        """One picture of ``model.image_size`` in each row."""
+        cfg = self.config
         if images.shape[1:3] != (cfg.image_size, cfg.image_size):
             raise UserError(
                 f"model.image_size={cfg.image_size}: the pictures are of {images.shape[1]} pixels "
                 "(data.image_size); make the two equal"
             )
+        shape = (len(images), cfg.num_patches)
+        places = jnp.broadcast_to(jnp.asarray(grid_positions(*cfg.grid))[None], (*shape, 2))
+        kept = jnp.ones((len(images), 1), bool)
+        if weights is not None:
+            kept = (jnp.asarray(weights) > 0)[:, None]
+        pixels = patchify(jnp.asarray(images), cfg.patch_size).reshape(*shape, -1)
+        return Rows(pixels, places, jnp.ones(shape, jnp.int32), kept)
+
+    def _embed(self, images: jax.Array) -> jax.Array:
+        """[b, h, w, 3] uint8 -> tokens [b, t, d]: class token, registers, patches with places."""
+        return self._embed_rows(self._whole(images), packed=False)
+
+    def _embed_rows(self, rows: Rows, packed: bool) -> jax.Array:
+        """Tokens [b, t, d]: a class token and registers for each picture, patches with places."""
+        cfg, dtype = self.config, compute_dtype(self.config)
         d, pixels = cfg.d_model, cfg.patch_size**2 * CHANNELS
         weight = partitioned(fan_in_normal((0,)), None, axes.EMBED)
         patch_fd = self.param("patch_fd", weight, (pixels, d), param_dtype(cfg))
         zeros = partitioned(nn.initializers.zeros, axes.EMBED)
         bias_d = self.param("patch_bias_d", zeros, (d,), param_dtype(cfg))
-        x_bijf = patchify(to_signed(images).astype(dtype), cfg.patch_size)
-        x_bpf = x_bijf.reshape(images.shape[0], cfg.num_patches, pixels)
+        x_bpf = to_signed(rows.pixels).astype(dtype)
         x_bpd = jnp.einsum("bpf,fd->bpd", x_bpf, patch_fd.astype(dtype))
         x_bpd = x_bpd + bias_d.astype(dtype)[None, None]
         drawn = partitioned(nn.initializers.normal(0.02), None, axes.EMBED)
-        table = lambda name, rows: self.param(name, drawn, (rows, d), param_dtype(cfg))
+        table = lambda name, count: self.param(name, drawn, (count, d), param_dtype(cfg))
         if cfg.positions == "learned":
+            if packed:
+                raise UserError(
+                    "model.positions: 'learned' places are those of one grid, and the pictures of "
+                    "a row have several; use 'sincos' or 'rope'"
+                )
             x_bpd = x_bpd + table("position_pd", cfg.num_patches).astype(dtype)[None]
         elif cfg.positions == "sincos":
-            places = sincos_table(grid_positions(*cfg.grid), d)
-            x_bpd = x_bpd + jnp.asarray(places, dtype)[None]
+            places = jnp.asarray(sincos_table(grid_positions(*cfg.grid), d), dtype)
+            if packed:
+                places = places[rows.places[..., 0] * cfg.grid[1] + rows.places[..., 1]]
+            x_bpd = x_bpd + (places if packed else places[None])
         first = [table("class_token_td", 1)] if cfg.head == "class_token" else []
         first += [table("register_td", cfg.registers)] if cfg.registers else []
-        rows = [jnp.broadcast_to(x.astype(dtype)[None], (len(images), *x.shape)) for x in first]
-        return jnp.concatenate([*rows, x_bpd], axis=1)
+        images = rows.kept.shape[1]
+        each = [jnp.tile(x.astype(dtype), (images, 1))[None] for x in first]
+        each = [jnp.broadcast_to(x, (len(x_bpd), *x.shape[1:])) for x in each]
+        return jnp.concatenate([*each, x_bpd], axis=1)
+
+    def _images_of_tokens(self, rows: Rows) -> jax.Array:
+        """[b, t], which of a row's pictures each token is of, from 1 on; 0 for padding."""
+        cfg, (b, images) = self.config, rows.kept.shape
+        number_i = jnp.arange(1, images + 1, dtype=jnp.int32)
+        first = [number_i] if cfg.head == "class_token" else []
+        first += [jnp.repeat(number_i, cfg.registers)]
+        front = jnp.concatenate(first)
+        return jnp.concatenate([jnp.broadcast_to(front[None], (b, len(front))), rows.image], axis=1)
 
     def _context(self, batch: dict, x_btd: jax.Array, **given) -> Context:
-        """One segment a row, in which all see all; tokens without a patch lie in the corner."""
-        cfg, (b, t) = self.config, x_btd.shape[:2]
-        ones = jnp.ones((b, t), jnp.int32)
-        places = jnp.pad(jnp.asarray(grid_positions(*cfg.grid)), ((t - cfg.num_patches, 0), (0, 0)))
-        valid = ones > 0
-        if "weights" in batch:
-            valid &= (jnp.asarray(batch["weights"]) > 0)[:, None]
+        """A segment for each picture, in which all see all.
+
+        Tokens without a patch lie in the corner.
+        """
+        rows, (b, t) = self._rows(batch), x_btd.shape[:2]
+        image_bt = self._images_of_tokens(rows)
+        corner = ((0, 0), (t - rows.places.shape[1], 0), (0, 0))
+        kept = jnp.pad(rows.kept, ((0, 0), (1, 0)))
         draws = given["train"] and self.has_rng("dropout")
         return Context(
             # A token is known by its place.
             tokens_bt=jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], (b, t)),
-            positions_bt=jnp.broadcast_to(places[None], (b, t, 2)),
+            positions_bt=jnp.pad(rows.places, corner),
             modality_bt=jnp.zeros((b, t), jnp.int32),
-            valid_bt=valid,
-            segments_bt=ones,
-            image_id_bt=ones,
-            mask_bts=multimodal_mask(ones, ones),
+            valid_bt=jnp.take_along_axis(kept, image_bt, axis=1),
+            segments_bt=image_bt,
+            image_id_bt=image_bt,
+            mask_bts=multimodal_mask(image_bt, image_bt),
             layout=None,
             rng=self.make_rng("dropout") if draws else None,
             **given,
         )
 
-    def _classify(self, pooled_bd: jax.Array) -> jax.Array:
+    def _classify(self, pooled_bid: jax.Array) -> jax.Array:
         cfg, wide = self.config, param_dtype(self.config)
         shape = (cfg.d_model, cfg.num_classes)
         zeros = partitioned(nn.initializers.zeros, axes.EMBED, None)
         head_dv = self.param("head_dv", zeros, shape, wide)
         begin = partitioned(nn.initializers.constant(cfg.class_bias), None)
         bias_v = self.param("head_bias_v", begin, shape[1:], wide)
-        head_dv = head_dv.astype(pooled_bd.dtype)
-        logits = jnp.einsum("bd,dv->bv", pooled_bd, head_dv, preferred_element_type=wide)
-        return logits + bias_v[None]
+        head_dv = head_dv.astype(pooled_bid.dtype)
+        logits = jnp.einsum("bid,dv->biv", pooled_bid, head_dv, preferred_element_type=wide)
+        return logits + bias_v[None, None]
+
+
+def packed_rows(batch: dict) -> Rows:
+    """The rows of a batch of several pictures each."""
+    kept = jnp.asarray(batch["weights"]) > 0
+    return Rows(*(jnp.asarray(batch[name]) for name in ("patches", "places", "image_id")), kept)
 
 
 @MODELS.register("vit")

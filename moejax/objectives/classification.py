@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moejax.config.checks import require
 from moejax.config.schema import AugmentConfig, ClassificationConfig, ViTConfig
 from moejax.objectives.base import OBJECTIVES, LossSums, Objective
-from moejax.ops.augment import crop, mirror
+from moejax.ops.augment import crop, jitter, mirror, mixup
 
 
 def class_losses(
@@ -40,17 +40,38 @@ def labelled(batch: dict) -> Bool[Any, " b"]:
     return (batch["weights"] > 0) & (batch["labels"] >= 0)
 
 
+def one_picture_a_row(logits: Float[Array, "... v"], batch: dict) -> tuple[Array, dict]:
+    """Logits [n, v] and the batch's labels and weights [n], also of rows of several pictures."""
+    flat = {name: batch[name].reshape(-1) for name in ("labels", "weights")}
+    return logits.reshape(-1, logits.shape[-1]), {**batch, **flat}
+
+
 def augmented(batch: dict, rng: Array, config: AugmentConfig) -> dict:
-    """The batch with its ``images`` [b, h, w, c] changed at random; ``mirror`` [b] allows flips."""
+    """The batch with its ``images`` [b, h, w, c] changed at random; ``mirror`` [b] allows flips.
+
+    Mixed pictures have ``other_labels`` [b] beside their ``labels``, and ``label_share`` [b], how
+    much of the target is their own.
+    """
+    if config == AugmentConfig():
+        # Also rows of patches, which nothing is done to.
+        return batch
     images = batch["images"]
-    crop_rng, mirror_rng = jax.random.split(rng)
+    crop_rng, mirror_rng, colour_rng, mixup_rng = jax.random.split(rng, 4)
     if config.crop_padding:
         images = crop(crop_rng, images, config.crop_padding)
     if config.flip != "none":
         flipped = mirror(mirror_rng, images)
         may = batch["mirror"] if config.flip == "allowed" else jnp.ones(len(images), bool)
         images = jnp.where(may[:, None, None, None], flipped, images)
-    return {**batch, "images": images}
+    if config.brightness or config.contrast or config.saturation:
+        strengths = (config.brightness, config.contrast, config.saturation)
+        images = jitter(colour_rng, images, *strengths)
+    batch = {**batch, "images": images}
+    if config.mixup:
+        images, other, share = mixup(mixup_rng, images, labelled(batch), config.mixup)
+        others = {"other_labels": batch["labels"][other], "label_share": share}
+        batch = {**batch, "images": images, **others}
+    return batch
 
 
 @OBJECTIVES.register("classification")
@@ -58,7 +79,8 @@ def classification(config: ClassificationConfig, model: ViTConfig):
     """Cross-entropy of the label of each picture, after ``objective.augment`` in training.
 
     The trained term is ``class``, in nats a picture; ``class_correct`` is the share of pictures
-    whose label has the highest logit. Rows without a label count for nothing.
+    whose label (of a mixed one that of the larger part) has the highest logit. Rows without a label
+    count for nothing.
 
     Raises UserError for a model without classes.
     """
@@ -73,10 +95,17 @@ def classification(config: ClassificationConfig, model: ViTConfig):
 
     def loss(outputs, batch: dict, rng=None) -> LossSums:
         del rng
-        logits, counted = outputs.logits, labelled(batch)
+        logits, batch = one_picture_a_row(outputs.logits, batch)
+        counted = labelled(batch)
         weights = batch["weights"].astype(logits.dtype) * counted
         labels = jnp.maximum(batch["labels"], 0)
         nats = class_losses(logits, labels, config.loss, config.label_smoothing)
+        if "label_share" in batch:
+            # The loss is linear in the target: that of two labels by their shares.
+            others = jnp.maximum(batch["other_labels"], 0)
+            theirs = class_losses(logits, others, config.loss, config.label_smoothing)
+            share = batch["label_share"].astype(nats.dtype)
+            nats = share * nats + (1 - share) * theirs
         correct = (rank_of_label(logits, labels) == 0).astype(logits.dtype)
         terms = {"class": nats, "class_correct": correct}
         return LossSums(

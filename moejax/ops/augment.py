@@ -4,10 +4,12 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt8
 
 # How far a picture is moved at most, in pixels.
 MAX_SHIFT = 3
+# Shares of red, green and blue in how bright a colour looks (ITU-R BT.601).
+LUMA = (0.299, 0.587, 0.114)
 
 
 def augment_images(rng: Key[Array, ""], images: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
@@ -65,3 +67,65 @@ def mirror(rng: Key[Array, ""], images: Shaped[Array, "b h w c"]) -> Shaped[Arra
     """Each picture, or with probability 1/2 its mirror image."""
     mirrored = jax.random.bernoulli(rng, 0.5, (len(images), 1, 1, 1))
     return jnp.where(mirrored, images[:, :, ::-1], images)
+
+
+def jitter(
+    rng: Key[Array, ""],
+    images: UInt8[Array, "b h w 3"],
+    brightness: float,
+    contrast: float,
+    saturation: float,
+) -> UInt8[Array, "b h w 3"]:
+    """Changes brightness, then contrast, then saturation of each picture, rounded and clipped.
+
+    Each is multiplied by a factor drawn evenly from [1 - s, 1 + s], with s the strength: the
+    distance of all values to black, to the mean grey of the picture, to the grey of each pixel.
+    """
+    keys = jax.random.split(rng, 3)
+    luma = jnp.asarray(LUMA, jnp.float32)
+    grey = lambda x: (x * luma[None, None, None]).sum(axis=-1, keepdims=True)
+
+    def factor(key: Array, strength: float) -> Array:
+        return jax.random.uniform(
+            key, (len(images), 1, 1, 1), minval=1 - strength, maxval=1 + strength
+        )
+
+    pixels = images.astype(jnp.float32)
+    if brightness:
+        pixels = jnp.clip(factor(keys[0], brightness) * pixels, 0, 255)
+    if contrast:
+        mean = grey(pixels).mean(axis=(1, 2), keepdims=True)
+        pixels = jnp.clip(mean + factor(keys[1], contrast) * (pixels - mean), 0, 255)
+    if saturation:
+        of_pixel = grey(pixels)
+        pixels = jnp.clip(of_pixel + factor(keys[2], saturation) * (pixels - of_pixel), 0, 255)
+    return jnp.round(pixels).astype(jnp.uint8)
+
+
+def mixup(
+    rng: Key[Array, ""], images: UInt8[Array, "b h w c"], may_b: Bool[Array, " b"], alpha: float
+) -> tuple[UInt8[Array, "b h w c"], Int[Array, " b"], Float[Array, " b"]]:
+    """Each picture with a share of another one of the batch (arXiv 1710.09412, section 2).
+
+    Shares are drawn from Beta(alpha, alpha) for each picture, where the paper draws one for the
+    batch, and the larger part is the picture's own: pairs are drawn evenly, so that this changes
+    which of two is called the other.
+
+    Args:
+      rng: one key for the batch.
+      images: the pictures.
+      may_b: which take part; the others stay as they are.
+      alpha: > 0; the larger, the more even the shares.
+
+    Returns:
+      The mixed pictures, rounded; the row of each one's other; the share of its own, 1/2 to 1. The
+      shares of the two add up to 1.
+    """
+    order_rng, share_rng = jax.random.split(rng)
+    other_b = jax.random.permutation(order_rng, len(images))
+    share_b = jax.random.beta(share_rng, alpha, alpha, (len(images),), jnp.float32)
+    share_b = jnp.maximum(share_b, 1 - share_b)
+    share_b = jnp.where(may_b & may_b[other_b], share_b, 1.0)
+    share = share_b[:, None, None, None]
+    mixed = share * images + (1 - share) * images[other_b]
+    return jnp.round(mixed).astype(jnp.uint8), other_b, share_b

@@ -18,7 +18,12 @@ from jaxtyping import Float, Int
 
 from moejax.config.checks import require
 from moejax.config.schema import Config
-from moejax.objectives.classification import class_losses, labelled, rank_of_label
+from moejax.objectives.classification import (
+    class_losses,
+    labelled,
+    one_picture_a_row,
+    rank_of_label,
+)
 from moejax.train.evaluate import EVALUATORS, EvalContext
 
 QUANTITIES = ("accuracy", "top5_accuracy", "loss")
@@ -34,7 +39,7 @@ def accuracy(context: EvalContext) -> dict[str, float]:
         return score_classes(outputs.logits, batch)
 
     def score_majority(batch: dict, log_share_v: jax.Array) -> dict[str, jax.Array]:
-        rows = (batch["labels"].shape[0], log_share_v.shape[0])
+        rows = (batch["labels"].size, log_share_v.shape[0])
         return score_classes(jnp.broadcast_to(log_share_v[None], rows), batch)
 
     learned = context.program("accuracy", score)
@@ -77,8 +82,9 @@ accuracy.check = check
 accuracy.metric_names = metric_names
 
 
-def score_classes(logits_bv: jax.Array, batch: dict) -> dict[str, jax.Array]:
+def score_classes(logits: jax.Array, batch: dict) -> dict[str, jax.Array]:
     """Sums over the labelled pictures of a batch: the quantities, and how many ``pictures``."""
+    logits_bv, batch = one_picture_a_row(logits, batch)
     counted = labelled(batch)
     labels = jnp.maximum(batch["labels"], 0)
     rank = rank_of_label(logits_bv, labels)

@@ -416,6 +416,8 @@ def header(setup: Setup) -> str:
     size = f"{config.data.batch_size} x {config.data.sequence_length} tokens"
     if config.data.format != "tokens":
         size = f"{config.data.batch_size} pictures"
+    if config.data.image_sizes:
+        size = f"{config.data.batch_size} rows of {config.data.max_patches} patches"
     cut = getattr(pipeline, "truncated", 0)
     lines = (
         f"{config.about.name or config.model.name}: {format_count(params)} parameters, "

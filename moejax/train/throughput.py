@@ -80,7 +80,8 @@ class Clock:
             self.tokens += int(np.count_nonzero(batch["segments"])) / self.share
             self.slots += batch["segments"].size / self.share
         else:
-            self.examples += len(batch["weights"]) / self.share
+            # A row can have places for several pictures.
+            self.examples += int(np.count_nonzero(batch["weights"])) / self.share
 
     def restart(self) -> None:
         """Forgets what was counted so far, and starts again now."""

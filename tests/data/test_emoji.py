@@ -228,3 +228,21 @@ def test_importing_sources_is_light():
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_categories_are_classes():
+    """The ten of `vit:emoji`; a model of other classes is told."""
+    from moejax.config import load_config
+    from moejax.data.build import build_pipeline
+
+    config = load_config("vit:emoji")
+    pipeline = build_pipeline(config, "val")
+    counts = pipeline.label_counts(config.model.num_classes)
+    assert counts.sum() == 191 and len(counts) == len(pipeline.source.categories) == 10
+    named = dict(zip(pipeline.source.categories, counts, strict=True))
+    # A skin or hair component is in train alone.
+    assert [name for name, count in named.items() if not count] == ["Component"]
+    apple = next(r for r in open_source("builtin:emoji32", "train") if r["text"] == "green apple")
+    assert pipeline.source.categories[apple["label"]] == "Food & Drink"
+    with pytest.raises(UserError, match="model.num_classes=9: builtin:emoji32 has 10 classes"):
+        build_pipeline(load_config("vit:emoji", {"model.num_classes": 9}), "val")

@@ -100,3 +100,63 @@ def test_a_crop_moves_by_at_most_its_padding():
         {"images": jnp.asarray(images)}, jax.random.key(1), AugmentConfig(crop_padding=2)
     )
     assert (np.asarray(other["images"]) != moved).any()
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_mixed_pictures_are_trained_on_both_labels(loss):
+    """The loss of a target distribution, of sum 1, that has a part of each label."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4, 3)).astype(np.float32)
+    labels, others = np.asarray([0, 1, 2, -1]), np.asarray([2, 1, 0, 1])
+    share = np.asarray([0.75, 0.6, 1.0, 1.0], np.float32)
+    batch = {
+        "labels": labels,
+        "weights": np.ones(4, np.float32),
+        "other_labels": others,
+        "label_share": share,
+    }
+    config = ClassificationConfig(loss=loss, label_smoothing=0.1)
+    got = classification(config, MODEL)(ViTOutput(None, None, {}, jnp.asarray(logits)), batch)
+    target = share[:3, None] * np.eye(3)[labels[:3]] + (1 - share[:3, None]) * np.eye(3)[others[:3]]
+    target = 0.9 * target + 0.1 / 3
+    np.testing.assert_allclose(target.sum(axis=1), 1, rtol=1e-6)
+    if loss == "softmax":
+        nats = -(target * jax.nn.log_softmax(logits[:3])).sum(axis=1)
+    else:
+        nats = (np.log1p(np.exp(logits[:3])) - target * logits[:3]).sum(axis=1)
+    assert float(got.weights["class"]) == 3
+    assert float(got.mean("class")) == pytest.approx(float(nats.mean()), rel=1e-5)
+
+
+def test_mixup_and_colour_in_front_of_the_model():
+    images = np.random.default_rng(1).integers(60, 160, (32, 4, 4, 3), np.uint8)
+    labels = np.arange(32) % 3
+    labels[5] = -1
+    batch = {
+        "images": jnp.asarray(images),
+        "labels": jnp.asarray(labels),
+        "weights": jnp.ones(32).at[7].set(0),
+        "mirror": jnp.ones(32, bool),
+    }
+    make = lambda **fields: classification(
+        ClassificationConfig(augment=AugmentConfig(**fields)), MODEL
+    ).prepare(batch, jax.random.key(2))
+    mixed = make(mixup=0.4)
+    share = np.asarray(mixed["label_share"])
+    assert share[5] == share[7] == 1 and share.min() < 0.9
+    np.testing.assert_array_equal(mixed["images"][5], images[5])
+    at = int(share.argmin())
+    other = np.flatnonzero(
+        [
+            np.abs(share[at] * images[at] + (1 - share[at]) * image - mixed["images"][at]).max() < 1
+            for image in images.astype(np.float32)
+        ]
+    )
+    assert len(other) == 1 and labels[other[0]] == mixed["other_labels"][at]
+    assert "label_share" not in make(flip="all")
+    for name in ("brightness", "contrast", "saturation"):
+        assert (np.asarray(make(**{name: 0.5})["images"]) != images).mean() > 0.3
+    with pytest.raises(UserError, match="objective.augment.contrast: 1.5 is not in"):
+        AugmentConfig(contrast=1.5)
+    with pytest.raises(UserError, match="objective.augment.mixup: must not be negative"):
+        AugmentConfig(mixup=-0.1)

@@ -1,0 +1,242 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Vision routers: which expert takes which patch
+#
+# Four small vision transformers of equal FLOPs: dense, with experts that each patch chooses
+# (top-k), with experts that choose their patches (expert choice), and with experts of mixtures of
+# patches (soft). How often they find the class, what a linear classifier finds in their features,
+# how they bear noise, and what their experts look at.
+#
+# Fashion-MNIST (`apt-get install dataset-fashion-mnist`), or the built-in emoji by their ten
+# categories where it is not installed. `TOY=1` in the environment makes every run a few steps long.
+# What a config can say about vision models is in [docs/vision.md](../docs/vision.md).
+
+# %%
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+
+import moejax
+from moejax.data.fashion_mnist import PACKAGE_FOLDER
+
+TOY = os.environ.get("TOY") == "1"
+STEPS = 4 if TOY else 400
+FASHION = PACKAGE_FOLDER.is_dir()
+folder = Path(tempfile.mkdtemp())
+common = {
+    "data.source": "fashion_mnist:default" if FASHION else "builtin:emoji32",
+    # Clothes may all be mirrored; a record of an emoji says whether it may.
+    "objective.augment.flip": "all" if FASHION else "allowed",
+    "model.d_model": 64,
+    "model.num_heads": 2,
+    "model.ffn_hidden": (192,),
+    "model.block_pattern": ("dense", "moe"),
+    "model.moe.num_experts": 8,
+    "train.steps": STEPS,
+    "train.checkpoint_every": STEPS,
+    "log.every": max(1, STEPS // 10),
+    "eval.every": max(1, STEPS // 4),
+    # The last two after the last step only.
+    "eval.metrics": ("accuracy", "linear_probe@val/0", "robustness@val/0"),
+    "eval.batches": 8,
+    "eval.probe.pictures": 2000,
+}
+if TOY:
+    tiny = {"model.num_layers": 2, "model.d_model": 16, "model.ffn_hidden": (16,)}
+    common |= {**tiny, "data.batch_size": 8, "eval.batches": 1, "eval.probe.pictures": 64}
+    common |= {
+        "eval.every": STEPS,
+        "eval.robustness.noise": (16.0,),
+        "eval.robustness.blur": (1.0,),
+    }
+hidden = common["model.ffn_hidden"][0]
+
+# %% [markdown]
+# ## Equal FLOPs
+# Two experts of half the hidden width cost what the dense layer costs, and so do as many slots as
+# patches, with experts of the whole width. The rest is the router. By formula, and counted from the
+# traced program.
+
+# %%
+from moejax.analysis.flops import counted_flops, flops_per_token
+
+models = {
+    "dense": {"model.block_pattern": ("dense",)},
+    "top-k": {
+        "model.moe.top_k": 2,
+        "model.moe.hidden": hidden // 2,
+        "model.moe.losses": ({"name": "switch", "coefficient": 0.01},),
+    },
+    "expert choice": {
+        "model.moe.router.name": "expert_choice",
+        "model.moe.router.options.capacity_factor": 2.0,
+        "model.moe.hidden": hidden // 2,
+    },
+    # 64 patches.
+    "soft": {
+        "model.moe.router.name": "soft",
+        "model.moe.router.options.slots": 8,
+        "model.moe.score.name": "cosine",
+        "model.moe.score.options.learn_scale": True,
+    },
+}
+configs = {name: moejax.load_config("vit", common | own) for name, own in models.items()}
+for name, config in configs.items():
+    formula, dense = flops_per_token(config), flops_per_token(configs["dense"])
+    counted = counted_flops(config).forward.nominal
+    print(f"{name:14} {formula / dense:.3f} of dense by formula, {counted:.3e} FLOPs a picture")
+
+# %% [markdown]
+# ## Training
+# Held-out accuracy in the course of it. One seed of a short run: a difference of a percent is
+# chance. `moejax compare` makes comparisons that can be believed.
+
+# %%
+values = {}
+for name, config in configs.items():
+    values[name] = moejax.train(config, folder / name)
+    rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").open()]
+    curve = [(row["step"], row["eval/accuracy"]) for row in rows if "eval/accuracy" in row]
+    plt.plot(*zip(*curve, strict=True), marker="o", label=name)
+plt.axhline(values["dense"]["eval/majority_accuracy"], ls="--", color="grey", label="majority")
+plt.xlabel("step")
+plt.ylabel("accuracy, val")
+plt.legend()
+plt.show()
+
+# %% [markdown]
+# ## What the features are worth
+# A ridge regression on the pooled features: with all labels looked at, and with 1, 5 and 10 a class
+# (mean and standard deviation over five draws). Then accuracy under noise and blur.
+
+# %%
+shots = (1, 5, 10)
+for name, v in values.items():
+    few = ", ".join(
+        f"{k} shot {v[f'eval/probe/{k}_shot']:.3f} +- {v[f'eval/probe/{k}_shot_spread']:.3f}"
+        for k in shots
+    )
+    print(
+        f"{name:14} accuracy {v['eval/accuracy']:.3f}, probe {v['eval/probe/accuracy']:.3f}, {few}"
+    )
+
+figure, panels = plt.subplots(1, 2, figsize=(10, 3), sharey=True)
+levels = configs["dense"].eval.robustness
+for panel, kind, strengths in (
+    (panels[0], "noise", levels.noise),
+    (panels[1], "blur", levels.blur),
+):
+    for name, v in values.items():
+        found = [v[f"eval/robustness/{kind}_{s:g}"] for s in strengths]
+        panel.plot([0, *strengths], [v["eval/robustness/clean"], *found], marker="o", label=name)
+    panel.set_xlabel(kind)
+panels[0].set_ylabel("accuracy, val")
+panels[0].legend()
+plt.show()
+
+# %% [markdown]
+# ## Which expert takes which patch
+# With `record=True` a model says what it decided for each token. The colour of a patch is the
+# expert that it has with the largest weight; in soft routing, the expert whose slots it mixes most
+# of; grey: no expert.
+
+# %%
+from moejax.objectives.routing import routings
+
+
+def chosen(name, images):
+    """The expert of each patch of the last layer of experts, [b, p]; -1 for none."""
+    run = moejax.load(folder / name)
+    forward = jax.jit(lambda p, x: run.model.apply({"params": p}, {"images": x}, record=True).aux)
+    aux = forward(run.params, images)
+    path, _ = list(routings(aux))[-1]
+    for part in path.split("/"):
+        aux = aux[part]
+    ids, weights = (np.asarray(aux[key])[-1] for key in ("expert_ids", "weights"))
+    weights = np.where(ids < configs[name].model.moe.num_experts, weights, -1.0)
+    best = weights.argmax(axis=-1)[..., None]
+    expert = np.take_along_axis(ids, best, axis=-1)[..., 0]
+    return np.where(np.take_along_axis(weights, best, axis=-1)[..., 0] > 0, expert, -1)
+
+
+run = moejax.load(folder / "dense")
+context = run.eval_context("val", ["accuracy"])
+source = context.pipeline.source
+spread = np.linspace(0, len(source) - 1, 64 if TOY else 512).astype(int)
+images = np.stack([source[int(i)]["image"] for i in spread])
+labels = np.asarray([source[int(i)]["label"] for i in spread])
+sparse = [name for name in models if name != "dense"]
+experts = {name: chosen(name, images) for name in sparse}
+
+colors = plt.get_cmap("tab10")(np.arange(8))[:, :3]
+grid, shown = run.config.model.grid, [int(np.flatnonzero(labels == c)[0]) for c in set(labels)]
+figure, panels = plt.subplots(len(sparse) + 1, len(shown), figsize=(1.3 * len(shown), 5.6))
+for column, i in enumerate(shown):
+    panels[0, column].imshow(images[i])
+    panels[0, column].set_title(source.categories[labels[i]], fontsize=7)
+    for row, name in enumerate(sparse, 1):
+        ids = experts[name][i].reshape(grid)
+        shade = np.where(ids[..., None] < 0, 0.8, colors[ids])
+        tall = images[i].shape[0] // grid[0]
+        shade = np.repeat(np.repeat(shade, tall, axis=0), tall, axis=1)
+        panels[row, column].imshow(0.35 * images[i] / 255 + 0.65 * shade)
+for panel in panels.flat:
+    panel.set_xticks([])
+    panel.set_yticks([])
+for row, name in enumerate(["picture", *sparse]):
+    panels[row, 0].set_ylabel(name, fontsize=8)
+plt.tight_layout()
+plt.show()
+
+# %% [markdown]
+# ## Which expert takes which class
+# The share of a class's patches that have an expert as their first. Rows of one colour pattern mean
+# that experts go by what a patch looks like, whatever the picture shows.
+
+# %%
+classes = len(source.categories)
+figure, panels = plt.subplots(1, len(sparse), figsize=(4 * len(sparse), 3.4), sharey=True)
+for panel, name in zip(panels, sparse, strict=True):
+    share = np.zeros((classes, 8))
+    for label in set(labels):
+        own = experts[name][labels == label]
+        share[label] = np.bincount(own[own >= 0], minlength=8) / own.size
+    panel.imshow(share, vmin=0, vmax=share.max(), aspect="auto")
+    panel.set_title(name)
+    panel.set_xlabel("expert")
+panels[0].set_yticks(range(classes), source.categories, fontsize=7)
+plt.tight_layout()
+plt.show()
+
+# %% [markdown]
+# ## Pictures of several sizes in a row
+# `data.image_sizes` and `data.max_patches` put pictures of different size into one row, in which
+# each sees itself alone. Which sizes share a row is decided by first fit:
+
+# %%
+from moejax.data.packing import first_fit
+
+lengths = np.resize([64, 16, 36], 12)
+for bin in first_fit(lengths, 100):
+    print([int(lengths[i]) for i in bin], "of 100 patches")
+
+# %% [markdown]
+# ## Change one line
+# Any other router of `moejax list routers` will do: put it into `models` above.
