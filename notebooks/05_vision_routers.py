@@ -70,9 +70,9 @@ hidden = common["model.ffn_hidden"][0]
 
 # %% [markdown]
 # ## Equal FLOPs
-# Two experts of half the hidden width cost what the dense layer costs, and so do as many slots as
-# patches, with experts of the whole width. The rest is the router. By formula, and counted from the
-# traced program.
+# Two experts of half the hidden width cost what the dense layer costs. So do as many slots as
+# patches, with experts of two thirds of it: mixing into slots and out of them costs the rest. By
+# formula, and counted from the traced program.
 
 # %%
 from moejax.analysis.flops import counted_flops, flops_per_token
@@ -93,6 +93,7 @@ models = {
     "soft": {
         "model.moe.router.name": "soft",
         "model.moe.router.options.slots": 8,
+        "model.moe.hidden": 2 * hidden // 3,
         "model.moe.score.name": "cosine",
         "model.moe.score.options.learn_scale": True,
     },
