@@ -53,7 +53,7 @@ def draw_places(record: RoutingRecord) -> UInt8[np.ndarray, "h w 3"]:
     shares = record.patch_share()
     panels = [
         (
-            f"{record.layer_names[i]}, {record.expert_name(i, e)}",
+            f"{record.layer_names[i]}, expert {record.expert_name(i, e)}",
             shares[i, :, e].reshape(rows, columns),
         )
         for i in spread(range(len(record.layers)), _MAP_LAYERS)
