@@ -98,14 +98,14 @@ def families_of(captions: dict[str, str]) -> dict[str, str]:
 
 def split_families(families: dict[str, str]) -> dict[str, str]:
     """The split of each family."""
-    splits = {}
+    splits = {name: "train" for name in SERIES}
     for category in sorted({_category(stamp) for stamp in families}):
         names = {name for name in families.values() if _category(name) == category}
         ranked = sorted(names - set(SERIES), key=_hash)
         part = max(1, round(len(ranked) / 10)) if len(ranked) > 2 else 0
         for rank, name in enumerate(ranked):
             splits[name] = "val" if rank < part else "test" if rank < 2 * part else "train"
-    return splits | dict.fromkeys(SERIES, "train")
+    return splits
 
 
 def _hash(family: str) -> bytes:

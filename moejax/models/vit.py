@@ -223,7 +223,10 @@ class ViT(nn.Module):
 def packed_rows(batch: dict) -> Rows:
     """The rows of a batch of several pictures each."""
     kept = jnp.asarray(batch["weights"]) > 0
-    return Rows(*(jnp.asarray(batch[name]) for name in ("patches", "places", "image_id")), kept)
+    patches, places, owners = (
+        jnp.asarray(batch[name]) for name in ("patches", "places", "image_id")
+    )
+    return Rows(patches, places, owners, kept)
 
 
 @MODELS.register("vit")

@@ -344,8 +344,8 @@ class Routing(nn.Module):
         for name, (shape, init) in shapes.items():
             names = (axes.MODALITY, *(None,) * (len(shape) - 1))
             params[name] = self.param(name, partitioned(init, *names), shape, param_dtype(cfg))
-        draws = ctx.train and ctx.rng is not None
-        rng = jax.random.fold_in(ctx.rng, _DRAW + 1) if draws else None
+        rng = ctx.rng if ctx.train else None
+        rng = None if rng is None else jax.random.fold_in(rng, _DRAW + 1)
         logits = score.apply(params, x_snd, modality_sn, rng, **options)
         if moe.score.gating_residual:
             residual_ee = self.param(

@@ -5,6 +5,8 @@ drawn by a fixed seed, so that exactly one entry is right and chance at k is k o
 values are means over ``DRAWS`` galleries, which are the same for every model:
 
 * ``gallery``: its size;
+* ``image/loss``, ``text/loss``: nats of the right text of a picture, and of the right picture of a
+  text, in a softmax over the gallery by the learned scale: the held-out loss of CLIP;
 * ``image_to_text/recall_at_1`` (5, 10): the share of pictures whose own text is among the first k;
   ``text_to_image/...``: the other way round;
 * ``cross_style/...``, for sources with several art styles: pictures of one style, of which each is
@@ -38,22 +40,22 @@ def retrieval(context: EvalContext) -> dict[str, float]:
     """See the module docstring. Needs a model of pairs."""
     pipeline, model = context.pipeline, context.model
 
-    def embed(params: Any, batch: dict) -> tuple[jax.Array, jax.Array]:
+    def embed(params: Any, batch: dict) -> tuple[jax.Array, jax.Array, jax.Array]:
         outputs = model.apply({"params": params}, batch, train=False)
-        return outputs.image, outputs.text
+        return outputs.image, outputs.text, outputs.scale
 
     embed = context.program("retrieval", embed)
     images, texts, indices = [], [], []
-    batch: dict = {}
+    batch, scale = {}, 1.0
     for batch, on_device in context.batches():
-        image, text = jax.device_get(embed(context.params, on_device))
+        image, text, scale = jax.device_get(embed(context.params, on_device))
         counted = batch["weights"] > 0
         images.append(image[counted])
         texts.append(text[counted])
         indices.append(batch["index"][counted])
     image, text, index = map(np.concatenate, (images, texts, indices))
     family, concept = pipeline.families[index], pipeline.concepts[index]
-    values = both_ways(image, text, draw_galleries(family))
+    values = both_ways(image, text, draw_galleries(family), float(scale))
     values |= cross_style(image, draw_style_galleries(family, concept, pipeline.style_of[index]))
     if pipeline.categories:
         labels = np.asarray([pipeline.source[int(i)].get("label", -1) for i in index])
@@ -83,6 +85,7 @@ def metric_names(config: Config) -> list[str]:
     del config
     recalls = [f"recall_at_{k}" for k in RECALLS]
     names = [f"{task}/{prefix}{r}" for task in TASKS for r in recalls for prefix in ("", "chance_")]
+    names += [f"{name}/{prefix}loss" for name in ("image", "text") for prefix in ("", "chance_")]
     accuracies = ("accuracy", "chance_accuracy", "most_frequent")
     return ["gallery", *names, *(f"zero_shot/{name}" for name in accuracies)]
 
@@ -153,14 +156,25 @@ def recalls(scores_qg: Float[np.ndarray, "q g"]) -> Float[np.ndarray, " k"]:
     return np.asarray([(rank < k).mean() for k in RECALLS])
 
 
+def nats(scores_qg: Float[np.ndarray, "q g"]) -> float:
+    """The mean nats of each query's own entry, of the same number, in a softmax of the scores."""
+    top = scores_qg.max(axis=1)
+    total = np.log(np.exp(scores_qg - top[:, None]).sum(axis=1)) + top
+    return float((total - np.diagonal(scores_qg)).mean())
+
+
 def both_ways(
-    image: Float[np.ndarray, "n z"], text: Float[np.ndarray, "n z"], galleries: list
+    image: Float[np.ndarray, "n z"], text: Float[np.ndarray, "n z"], galleries: list, scale: float
 ) -> dict[str, float]:
-    """Recalls of the texts by the pictures and of the pictures by the texts."""
+    """Recalls and nats of the texts by the pictures and of the pictures by the texts."""
     size = len(galleries[0])
     scores = [image[rows] @ text[rows].T for rows in galleries]
     return {
         "gallery": float(size),
+        "image/loss": float(np.mean([nats(scale * one) for one in scores])),
+        "image/chance_loss": float(np.log(size)),
+        "text/loss": float(np.mean([nats(scale * one.T) for one in scores])),
+        "text/chance_loss": float(np.log(size)),
         **_named("image_to_text", [recalls(one) for one in scores], size),
         **_named("text_to_image", [recalls(one.T) for one in scores], size),
     }

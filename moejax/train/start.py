@@ -82,8 +82,9 @@ class Start:
                 load, sharding = self.plan.loads[name], target.sharding
                 if load.expert_axis is not None:
                     sharding = _whole(sharding, load.expert_axis)
-                if load.slices > 1 and self.here[name].hidden_axis is not None:
-                    sharding = _whole(sharding, self.here[name].hidden_axis)
+                hidden_axis = self.here[name].hidden_axis
+                if load.slices > 1 and hidden_axis is not None:
+                    sharding = _whole(sharding, hidden_axis)
                 wanted[source] = jax.ShapeDtypeStruct(
                     shapes[source], target.dtype, sharding=sharding
                 )

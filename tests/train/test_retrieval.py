@@ -1,6 +1,9 @@
 """The "retrieval" evaluator by hand, beside chance, and training that raises it."""
 
+import math
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -80,7 +83,7 @@ class Told:
     def apply(self, variables, batch, *, train):
         image = variables["params"][0][batch["images"][:, 4, 4, 0] // 20]
         text = variables["params"][1][batch["tokens"][:, 1] - 16 - ord("a")]
-        return PairOutput(image, text, None, None, {})
+        return PairOutput(image, text, jnp.float32(10.0), None, {})
 
 
 def values(image, text):
@@ -104,14 +107,20 @@ def test_recalls_by_hand():
 def test_both_ways_by_hand():
     """Picture 1 finds text 0 before its own; all texts find their pictures."""
     image, text = np.eye(3), np.asarray([[3.0, 2.9, 0], [1, 2, 0], [2, 0, 2.5]])
-    found = both_ways(image, text, [np.arange(3)])
+    found = both_ways(image, text, [np.arange(3)], 2.0)
     assert found["image_to_text/recall_at_1"] == pytest.approx(2 / 3)
     assert found["text_to_image/recall_at_1"] == 1
     assert found["gallery"] == 3
+    # By a scale of two, picture i has the logits 2 text[:, i], text i has 2 text[i].
+    of_pictures = [math.log(np.exp(2 * (text[:, i] - text[i, i])).sum()) for i in range(3)]
+    assert found["image/loss"] == pytest.approx(np.mean(of_pictures))
+    of_texts = [math.log(np.exp(2 * (text[i] - text[i, i])).sum()) for i in range(3)]
+    assert found["text/loss"] == pytest.approx(np.mean(of_texts))
+    assert found["image/chance_loss"] == found["text/chance_loss"] == pytest.approx(math.log(3))
     assert found["image_to_text/chance_recall_at_1"] == pytest.approx(1 / 3)
     assert found["image_to_text/chance_recall_at_5"] == 1
     # The mean over galleries: of two, picture 0 finds its own in both.
-    several = both_ways(image, text, [np.arange(3), np.asarray([2, 0])])
+    several = both_ways(image, text, [np.arange(3), np.asarray([2, 0])], 2.0)
     assert several["image_to_text/recall_at_1"] == pytest.approx((2 / 3 + 1) / 2)
 
 
