@@ -4,7 +4,7 @@ import math
 
 from moejax.config.moe import MoEConfig
 from moejax.config.trunk import TrunkConfig
-from moejax.nn.moe import router_options
+from moejax.nn.moe_checks import router_options
 from moejax.routing import ROUTERS
 from moejax.routing.scores import SCORES
 

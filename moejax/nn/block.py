@@ -17,7 +17,8 @@ from moejax.config.trunk import AROUND_OTHERS, TrunkConfig, UntieConfig
 from moejax.nn.attention import Attention
 from moejax.nn.context import Context
 from moejax.nn.layers import FeedForward, Norm, param_dtype
-from moejax.nn.moe import MoE, check_moe
+from moejax.nn.moe import MoE
+from moejax.nn.moe_checks import check_moe
 
 # kind -> function(config, name of the submodule) -> Linen module with the signature above
 BLOCKS: Registry = Registry("block")

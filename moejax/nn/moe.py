@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from moejax import axes
-from moejax.config.checks import require
 from moejax.config.moe import SELECT_BIAS, MoEConfig
 from moejax.config.trunk import TrunkConfig
 from moejax.experts.activations import activate
@@ -25,6 +24,7 @@ from moejax.experts.soft import soft_mlp
 from moejax.nn.context import Context
 from moejax.nn.film import FilmExperts
 from moejax.nn.layers import fan_in_normal, param_dtype, partitioned
+from moejax.nn.moe_checks import router_options
 from moejax.nn.placement import placement
 from moejax.parallel.exchange import Tokens, exchange
 from moejax.parallel.local import (
@@ -45,10 +45,6 @@ from moejax.routing import (
     SoftPlan,
     add_previous,
     allowed_experts,
-    check_options,
-    check_router,
-    check_router_loss,
-    check_score,
     heterogeneous_capacity,
     jitter,
     limit_capacity,
@@ -410,14 +406,6 @@ def places_of(moe: MoEConfig, tokens: int, train: bool) -> tuple[int, ...] | Non
     )
 
 
-def router_options(moe: MoEConfig) -> dict[str, Any]:
-    """The options of the config's router; ``top_k`` is a field of its own."""
-    options = dict(moe.router.options)
-    if "top_k" in ROUTERS.get(moe.router.name, field="model.moe.router.name").defaults():
-        options["top_k"] = moe.top_k
-    return options
-
-
 def routing_aux(
     moe: MoEConfig, plan: RoutingPlan | SoftPlan, inputs: RouterInputs, ctx: Context
 ) -> dict:
@@ -448,58 +436,3 @@ def routing_aux(
         aux["weights"] = plan.weights.reshape(b, t, -1)
         aux["logits"] = inputs.logits.reshape(b, t, -1)
     return aux
-
-
-def check_moe(config: TrunkConfig) -> None:
-    """UserError, by field, for what a layer of experts cannot be made of."""
-    moe = config.moe
-    require(
-        moe.num_experts > 0, "model.moe.num_experts", "must be positive where blocks have experts"
-    )
-    choices = moe.pool + moe.weightless
-    check_router(moe.router.name, router_options(moe), choices, causal_model=config.causal)
-    check_score(moe.score.name, moe.score.options)
-    require(
-        "attributes" not in moe.score.options,
-        "model.moe.score.options.attributes",
-        "is the number of modalities; leave it out",
-    )
-    for i, loss in enumerate(moe.losses):
-        check_router_loss(loss.name, loss.options, f"model.moe.losses[{i}]")
-    noise = router_options(moe)
-    require(
-        "load" not in [loss.name for loss in moe.losses]
-        or (noise.get("noise") == "gaussian" and noise.get("noise_scale", 1.0) > 0),
-        "model.moe.losses",
-        "'load' is about noise; it needs model.moe.router.options.noise=gaussian",
-    )
-    require(
-        "causal_router" not in [loss.name for loss in moe.losses] or moe.causal_router,
-        "model.moe.causal_router",
-        "the loss 'causal_router' needs model.moe.causal_router=True",
-    )
-    own_router = ROUTERS.get(moe.router.name)
-    require(
-        moe.kind == "mlp" or own_router.slots is None,
-        "model.moe.kind",
-        f"experts of kind {moe.kind!r} have no slots; router {moe.router.name!r} needs 'mlp'",
-    )
-    require(
-        moe.balance.name == "none" or own_router.biased,
-        "model.moe.balance.name",
-        f"router {moe.router.name!r} has no use for a bias",
-    )
-    require(
-        not moe.shared_competing or own_router.competing,
-        "model.moe.shared_competing",
-        f"router {moe.router.name!r} gives shared experts no weights; 0 adds them as they are",
-    )
-    kind = f"controller {moe.balance.name!r}"
-    own = {"ffn_share": 1.0} if moe.balance.name == "increment" else {}
-    check_options(kind, own, moe.balance.options, "model.moe.balance.options")
-    rule = router_options(moe).get("causal_rule")
-    require(
-        rule != "aux_router" or moe.causal_router,
-        "model.moe.causal_router",
-        "causal_rule='aux_router' needs model.moe.causal_router=True",
-    )

@@ -27,10 +27,10 @@ def blur(images: UInt8[Array, "b h w c"], sigma: float) -> UInt8[Array, "b h w c
     kernel = blur_kernel(sigma)
     pixels = images.astype(jnp.float32)
     for axis in (1, 2):
-        reach, size = len(kernel) // 2, pixels.shape[axis]
+        reach, end = len(kernel) // 2, pixels.shape[axis]
         pad = [(reach, reach) if i == axis else (0, 0) for i in range(4)]
         padded = jnp.pad(pixels, pad, mode="edge")
-        shifted = [jax.lax.slice_in_dim(padded, i, i + size, axis=axis) for i in range(len(kernel))]
+        shifted = [jax.lax.slice_in_dim(padded, i, i + end, axis=axis) for i in range(len(kernel))]
         pixels = jnp.tensordot(
             jnp.asarray(kernel, jnp.float32), jnp.stack(shifted), axes=1, precision="highest"
         )

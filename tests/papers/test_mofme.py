@@ -10,7 +10,7 @@ import pytest
 from moejax.config import load_config
 from moejax.config.moe import RouterConfig
 from moejax.errors import UserError
-from moejax.nn.moe import check_moe
+from moejax.nn.moe_checks import check_moe
 from moejax.routing import SCORES
 
 from .test_vision import D, E, F, Layer, tokens

@@ -1,0 +1,71 @@
+"""What a layer of experts can be made of: the options of its router, and mistakes by field."""
+
+from typing import Any
+
+from moejax.config.checks import require
+from moejax.config.moe import MoEConfig
+from moejax.config.trunk import TrunkConfig
+from moejax.routing import ROUTERS, check_options, check_router, check_router_loss, check_score
+
+
+def router_options(moe: MoEConfig) -> dict[str, Any]:
+    """The options of the config's router; ``top_k`` is a field of its own."""
+    options = dict(moe.router.options)
+    if "top_k" in ROUTERS.get(moe.router.name, field="model.moe.router.name").defaults():
+        options["top_k"] = moe.top_k
+    return options
+
+
+def check_moe(config: TrunkConfig) -> None:
+    """UserError, by field, for what a layer of experts cannot be made of."""
+    moe = config.moe
+    require(
+        moe.num_experts > 0, "model.moe.num_experts", "must be positive where blocks have experts"
+    )
+    choices = moe.pool + moe.weightless
+    check_router(moe.router.name, router_options(moe), choices, causal_model=config.causal)
+    check_score(moe.score.name, moe.score.options)
+    require(
+        "attributes" not in moe.score.options,
+        "model.moe.score.options.attributes",
+        "is the number of modalities; leave it out",
+    )
+    for i, loss in enumerate(moe.losses):
+        check_router_loss(loss.name, loss.options, f"model.moe.losses[{i}]")
+    noise = router_options(moe)
+    require(
+        "load" not in [loss.name for loss in moe.losses]
+        or (noise.get("noise") == "gaussian" and noise.get("noise_scale", 1.0) > 0),
+        "model.moe.losses",
+        "'load' is about noise; it needs model.moe.router.options.noise=gaussian",
+    )
+    require(
+        "causal_router" not in [loss.name for loss in moe.losses] or moe.causal_router,
+        "model.moe.causal_router",
+        "the loss 'causal_router' needs model.moe.causal_router=True",
+    )
+    own_router = ROUTERS.get(moe.router.name)
+    require(
+        moe.kind == "mlp" or own_router.slots is None,
+        "model.moe.kind",
+        f"experts of kind {moe.kind!r} have no slots; router {moe.router.name!r} needs 'mlp'",
+    )
+    require(
+        moe.balance.name == "none" or own_router.biased,
+        "model.moe.balance.name",
+        f"router {moe.router.name!r} has no use for a bias",
+    )
+    require(
+        not moe.shared_competing or own_router.competing,
+        "model.moe.shared_competing",
+        f"router {moe.router.name!r} gives shared experts no weights; 0 adds them as they are",
+    )
+    kind = f"controller {moe.balance.name!r}"
+    own = {"ffn_share": 1.0} if moe.balance.name == "increment" else {}
+    check_options(kind, own, moe.balance.options, "model.moe.balance.options")
+    rule = router_options(moe).get("causal_rule")
+    require(
+        rule != "aux_router" or moe.causal_router,
+        "model.moe.causal_router",
+        "causal_rule='aux_router' needs model.moe.causal_router=True",
+    )
