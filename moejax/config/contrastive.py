@@ -171,3 +171,4 @@ class ContrastiveConfig:
         require_one_of(self.positives, ("concept", "family", "pair"), "objective.positives")
         require_one_of(self.negatives, ("all", "cluster"), "objective.negatives")
         require(self.chunk >= 0, "objective.chunk", "must not be negative")
+        self.augment.require_whole("a mixed picture has no text")

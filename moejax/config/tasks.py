@@ -56,3 +56,4 @@ class MultitaskConfig:
 
     def __post_init__(self):
         require(min(self.groups, default=0) >= 0, "objective.groups", "must not be negative")
+        self.augment.require_whole("pictures of two tasks cannot be mixed")

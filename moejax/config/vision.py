@@ -147,6 +147,10 @@ class AugmentConfig:
         require(self.mixup >= 0, "objective.augment.mixup", "must not be negative")
         require_one_of(self.flip, ("none", "allowed", "all"), "objective.augment.flip")
 
+    def require_whole(self, reason: str) -> None:
+        """UserError, with the reason, where pictures are mixed."""
+        require(self.mixup == 0, "objective.augment.mixup", f"{reason}; leave it 0")
+
 
 @OBJECTIVE_CONFIGS.register("classification")
 @dataclasses.dataclass(frozen=True)

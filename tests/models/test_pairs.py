@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from moejax.config.contrastive import LIMoEConfig, TextSizes, TwoTowersConfig
+from moejax.config.contrastive import ContrastiveConfig, LIMoEConfig, TextSizes, TwoTowersConfig
 from moejax.config.moe import MoEConfig, RouterConfig
 from moejax.config.trunk import UntieConfig
-from moejax.config.vision import HEADS
+from moejax.config.vision import HEADS, AugmentConfig
 from moejax.errors import UserError
 from moejax.models.limoe import build_limoe
 from moejax.models.two_towers import build_two_towers
@@ -196,6 +196,8 @@ def test_mistakes():
         dataclasses.replace(TOWERS, text=TextSizes(num_heads=3))
     with pytest.raises(UserError, match="model.untie: a tower has one modality"):
         dataclasses.replace(TOWERS, untie=UntieConfig(qkv=True))
+    with pytest.raises(UserError, match="objective.augment.mixup: a mixed picture has no text"):
+        ContrastiveConfig(augment=AugmentConfig(mixup=0.2))
     with pytest.raises(UserError, match="model.max_scale: "):
         dataclasses.replace(TOWERS, initial_scale=200.0)
     with pytest.raises(UserError, match="model.initial_bias: needs model.learn_bias=True"):

@@ -182,6 +182,7 @@ def test_each_task_has_a_term_and_its_share_of_the_batch(made):
         ({"objective.groups": (0, 1)}, "objective.groups: has 2 labels, task 'class' has 3"),
         ({"objective.groups": (0, 0, 0)}, "objective.groups: must name the group of each label"),
         ({"model.modalities": ("class", "rotation", "colour")}, "'colour' is none of class, rot"),
+        ({"objective.augment.mixup": 0.2}, "objective.augment.mixup: pictures of two tasks"),
     ],
 )
 def test_mistakes(fields, message):
