@@ -32,8 +32,10 @@ compare() {
   shift
   moejax compare --budget "$BUDGET" "${DATA[@]}" "${FRAME[@]}" --workdir "$work" "$@"
   mkdir -p "$HERE/${name}_$SIZE"
-  for file in comparison.md comparison.png comparison.csv summary.json plan.json; do
-    cp "$work/$file" "$HERE/${name}_$SIZE"
+  for file in comparison.md comparison.png comparison.csv summary.json plan.json final.csv; do
+    if [ -e "$work/$file" ]; then
+      cp "$work/$file" "$HERE/${name}_$SIZE"
+    fi
   done
 }
 

@@ -5,10 +5,12 @@ experts, and soft mixtures better than both.
 
     moejax train --config vision_routers:softmax_token    # laptop CPU, Fashion-MNIST, float32
     moejax train --config vision_routers:sparse_expert
+    moejax train --config vision_routers:sparse_expert_clip
 
 The argument is the router: ``softmax_token`` (the default), ``sinkhorn_token``, ``softmax_expert``,
 ``sinkhorn_expert``, ``sparse_expert`` (optimal transport with at most so many tokens for each
-expert), ``soft``; ``dense`` has none. All have the FLOPs of ``dense`` within 1%, with experts as
+expert), ``soft``; ``dense`` has none. With ``_clip`` it is that of the pictures' tower of ``clip``,
+on four art styles of emoji (`moejax prepare emoji3m`). All have the FLOPs of ``dense`` within 1%, with experts as
 wide as its MLP: a token has one expert, or one on average, and there are as many places as tokens.
 Of soft routing 48 slots for 64 patches cost that, with the mixing in and out. What a plan costs,
 sums without a matrix product, is not in the FLOPs. Token choice drops those who find no place, in
@@ -31,7 +33,10 @@ ROUTERS = {
     "sparse_expert": ("expert_choice", {**BY_EXPERT, "plan": "sparse"}),
     "soft": ("soft", {"slots": 6}),
 }
-ARGS = ("", "small", *ROUTERS, "dense")
+PAIRS = "_clip"
+ARGS = ("", "small", *ROUTERS, "dense", *(name + PAIRS for name in (*ROUTERS, "dense")))
+# Of the dense model of pictures and texts.
+PAIR_PARAMS = 968_353
 # fmt: off
 INFERRED = (
     "model.block_pattern", "model.moe.capacity_factor", "model.moe.eval_capacity",
@@ -41,16 +46,18 @@ INFERRED = (
 
 
 def get_config(arg=""):
-    name = arg if arg not in ("", "small") else "softmax_token"
-    config = load_config_dict("vit")
+    name = arg.removesuffix(PAIRS) if arg not in ("", "small") else "softmax_token"
+    pairs = arg.endswith(PAIRS)
+    config = load_config_dict("clip:emoji3m" if pairs else "vit")
     model, moe, about = config.model, config.model.moe, config.about
-    model.ffn_hidden = (192,)
+    model.num_layers, model.ffn_hidden = 4, (192,)
     about.paper, about.family = "arXiv 2401.15969", "vision-mixture-of-experts"
     about.mechanism_test = "tests/papers/test_vision_routers.py::test_each_is_another_router"
-    about.total_params = about.active_params = 375_178
+    about.total_params = about.active_params = PAIR_PARAMS if pairs else 375_178
+    dense = about.total_params
     if name == "dense":
         return config
-    about.total_params, about.active_params = 1_150_858, 376_714
+    about.total_params, about.active_params = dense + 775_680, dense + 1_536
     model.block_pattern = ("dense", "moe")
     moe.num_experts, moe.top_k, moe.equal_init = 8, 1, True
     moe.router.name, options = ROUTERS[name]
@@ -64,6 +71,6 @@ def get_config(arg=""):
         moe.losses = tuple({"name": loss, "coefficient": 0.005} for loss in names)
     if name == "soft":
         moe.score.name, moe.score.options = "cosine", {"learn_scale": True}
-        about.total_params = about.active_params = 1_158_540
+        about.total_params = about.active_params = dense + 783_362
     about.approximate = INFERRED
     return config

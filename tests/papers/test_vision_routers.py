@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from moejax.analysis.flops import counted_flops, token_flops
+from moejax.analysis.flops import counted_flops, flops_per_token, token_flops
 from moejax.config import load_config
 from moejax.models.vit import build_vit
 
@@ -73,6 +73,16 @@ def test_all_cost_what_the_dense_model_does():
         # Nothing else is different.
         for group in ("data", "objective", "optim", "mesh", "train", "eval"):
             assert getattr(config, group) == getattr(dense, group)
+
+
+def test_all_cost_the_same_beside_texts():
+    dense = load_config("vision_routers:dense_clip")
+    alone = load_config("vision_routers:soft")
+    for name in NAMES:
+        config = load_config(f"vision_routers:{name}_clip")
+        assert flops_per_token(config) == pytest.approx(flops_per_token(dense), rel=0.01), name
+        assert config.data == dense.data and config.objective == dense.objective
+    assert config.model.moe == alone.model.moe
 
 
 def test_each_is_another_router():
