@@ -12,9 +12,10 @@ The argument is the router: ``softmax_token`` (the default), ``sinkhorn_token``,
 expert), ``soft``; ``dense`` has none. With ``_clip`` it is that of the pictures' tower of ``clip``,
 on four art styles of emoji (`moejax prepare emoji3m`). All have the FLOPs of ``dense`` within 1%,
 with experts as wide as its MLP: a token has one expert, or one on average, and there are as many
-places as tokens. Of soft routing 48 slots for 64 patches cost that, with the mixing in and out. What a plan costs,
-sums without a matrix product, is not in the FLOPs. Token choice drops those who find no place, in
-their order, in evaluation those of the lowest weight. Sparse routers see eight pictures together.
+places as tokens. Of soft routing 48 slots for 64 patches cost that, with the mixing in and out.
+What a plan costs, sums without a matrix product, is not in the FLOPs. Token choice drops those who
+find no place, in their order, in evaluation those of the lowest weight. Sparse routers see eight
+pictures together.
 
 Departures: 8 experts for 32, in every other block, with SwiGLU; Fashion-MNIST for JFT-300M. What
 the paper does where, but for the routers, is inferred from V-MoE and the authors' code. Device,
