@@ -20,23 +20,9 @@ from moejax.models.vit import build_vit
 from moejax.ops.patchify import patchify, unpatchify
 from moejax.routing import ROUTERS
 
+from .small_vit import CLASSES, EXPERTS, PATCH, SIDE, make_config
+
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-PATCH, SIDE, CLASSES = 4, 16, 5
-EXPERTS = MoEConfig(num_experts=4, hidden=24, routing_group=0)
-
-
-def make_config(**changes) -> ViTConfig:
-    config = ViTConfig(
-        image_size=SIDE,
-        patch_size=PATCH,
-        num_classes=CLASSES,
-        num_layers=2,
-        d_model=16,
-        num_heads=2,
-        ffn_hidden=(24,),
-        kernel_backend="reference",
-    )
-    return dataclasses.replace(config, **changes)
 
 
 @functools.cache

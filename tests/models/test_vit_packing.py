@@ -10,9 +10,8 @@ from flax.core import meta
 
 from moejax.analysis.flops import counted_flops, flops_per_token
 from moejax.analysis.params import abstract_batch
-from moejax.config.moe import MoEConfig
 from moejax.config.schema import Config, DataConfig
-from moejax.config.vision import HEADS, ClassificationConfig, ViTConfig
+from moejax.config.vision import HEADS, ClassificationConfig
 from moejax.errors import UserError
 from moejax.models.vit import build_vit
 from moejax.objectives.classification import classification
@@ -20,23 +19,9 @@ from moejax.ops.patchify import patchify
 from moejax.ops.positions import grid_positions
 from moejax.train.accuracy import score_classes
 
+from .small_vit import CLASSES, EXPERTS, PATCH, SIDE, make_config
+
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-PATCH, SIDE, CLASSES = 4, 16, 5
-EXPERTS = MoEConfig(num_experts=4, hidden=24, routing_group=0)
-
-
-def make_config(**changes) -> ViTConfig:
-    config = ViTConfig(
-        image_size=SIDE,
-        patch_size=PATCH,
-        num_classes=CLASSES,
-        num_layers=2,
-        d_model=16,
-        num_heads=2,
-        ffn_hidden=(24,),
-        kernel_backend="reference",
-    )
-    return dataclasses.replace(config, **changes)
 
 
 def drawn_params(config):
