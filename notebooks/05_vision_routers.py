@@ -114,9 +114,13 @@ values = {}
 for name, config in configs.items():
     values[name] = moejax.train(config, folder / name)
     rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").open()]
-    curve = [(row["step"], row["eval/accuracy"]) for row in rows if "eval/accuracy" in row]
+    curve = [
+        (row["step"], row["eval/image/accuracy"]) for row in rows if "eval/image/accuracy" in row
+    ]
     plt.plot(*zip(*curve, strict=True), marker="o", label=name)
-plt.axhline(values["dense"]["eval/majority_accuracy"], ls="--", color="grey", label="majority")
+plt.axhline(
+    values["dense"]["eval/image/majority_accuracy"], ls="--", color="grey", label="majority"
+)
 plt.xlabel("step")
 plt.ylabel("accuracy, val")
 plt.legend()
@@ -134,9 +138,8 @@ for name, v in values.items():
         f"{k} shot {v[f'eval/probe/{k}_shot']:.3f} +- {v[f'eval/probe/{k}_shot_spread']:.3f}"
         for k in shots
     )
-    print(
-        f"{name:14} accuracy {v['eval/accuracy']:.3f}, probe {v['eval/probe/accuracy']:.3f}, {few}"
-    )
+    found, probed = v["eval/image/accuracy"], v["eval/probe/accuracy"]
+    print(f"{name:14} accuracy {found:.3f}, probe {probed:.3f}, {few}")
 
 figure, panels = plt.subplots(1, 2, figsize=(10, 3), sharey=True)
 levels = configs["dense"].eval.robustness

@@ -8,13 +8,11 @@ the dense one of its quality at about half of the compute of inference.
 
 Two of eight experts by noisy softmax, importance and load losses, places for 1.05 times the even
 share, in order of the tokens; outside of training those of the highest weights are kept (batch
-priority routing). Eight pictures are routed together, and all experts begin alike. "Last n" has
-experts in the last n odd blocks, "every 2" in all of them. The sizes and the training on
-ImageNet-21k are those of the authors' code, which says "last 2" of s32 and "every 2" of b16; where
-the others have experts is inferred, and so is all of ``15b`` but its number of parameters: blocks,
-experts and widths are chosen to give it. Departures: no biases in the blocks, no mixup and
-RandAugment; at the paper's sizes there is no such data set here, so that they are for inspection.
-The dense baseline is ``vit``. Device, minutes, expected accuracy: not measured.
+priority routing). Eight pictures are routed together, and all experts begin alike. The sizes and
+the training on ImageNet-21k are those of the authors' code, which says "last 2" (odd blocks) of s32
+and "every 2" of b16; where the others have experts is inferred, and all of ``15b`` but its number
+of parameters. Departures: no biases in the blocks, no mixup and RandAugment; the paper's sizes are
+for inspection. The dense baseline is ``vit``. Device, minutes, expected accuracy: not measured.
 """
 
 from moejax.config import load_config_dict
@@ -51,9 +49,8 @@ def get_config(arg=""):
         from_paper(config, arg)
     model.block_pattern = ("dense",) if last else ("dense", "moe")
     model.last_blocks = (("moe", "dense") * last)[:-1]
-    moe.num_experts, moe.top_k, moe.routing_group, moe.equal_init = 8, 2, 8, True
-    if arg == "15b":
-        moe.num_experts = 32
+    moe.num_experts = 32 if arg == "15b" else 8
+    moe.top_k, moe.routing_group, moe.equal_init = 2, 8, True
     moe.router.options = {"noise": "gaussian"}
     moe.losses = tuple({"name": name, "coefficient": 0.005} for name in ("importance", "load"))
     moe.capacity, moe.capacity_factor, moe.capacity_multiple = "order", 1.05, 4
@@ -69,8 +66,8 @@ def from_paper(config, arg: str) -> None:
     model = config.model
     model.d_model, model.num_layers, model.num_heads, hidden, model.patch_size, _, rate = SIZES[arg]
     model.update(ffn_hidden=(hidden,), ffn_activation="gelu", norm="layer", dtype="bfloat16")
-    model.update(image_size=224, head="class_token", positions="learned", num_classes=21_843)
-    model.update(class_bias=-10.0)
+    model.update(image_size=224, head="class_token", positions="learned")
+    model.update(num_classes=21_843, class_bias=-10.0)
     model.moe.activation = "gelu"
     config.data.update(image_size=224, batch_size=4096)
     config.objective.loss = "sigmoid"
@@ -78,8 +75,6 @@ def from_paper(config, arg: str) -> None:
     config.optim.update(learning_rate=rate, schedule="linear", warmup_steps=10_000, b2=0.999)
     config.optim.update(final_fraction=1e-5 / rate, weight_decay=0.1)
     config.about.approximate = ("data.source", "model.positions", "optim.eps", "train.steps")
-    if arg not in ("s32", "b16"):
-        config.about.approximate += ("model.block_pattern", "model.moe.num_experts")
-    if arg == "15b":
-        sizes = ("d_model", "num_layers", "num_heads", "ffn_hidden", "patch_size")
-        config.about.approximate += (*(f"model.{name}" for name in sizes), "optim.learning_rate")
+    inferred = ("block_pattern", "moe.num_experts") if arg not in ("s32", "b16") else ()
+    inferred += ("num_layers", "d_model", "ffn_hidden") if arg == "15b" else ()
+    config.about.approximate += tuple(f"model.{name}" for name in inferred)

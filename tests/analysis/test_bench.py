@@ -54,6 +54,7 @@ def test_kernels_beside_a_dense_matmul(capsys):
     assert all(set(row) == KEYS and row["baseline"] == "dense_matmul" for row in rows)
 
 
+@pytest.mark.slow
 def test_decoding_beside_a_dense_model(capsys):
     assert main(["bench", "decode", "--json", "--cases", "tiny", "--repeats", "1"]) == 0
     rows = {row["implementation"]: row for row in json.loads(capsys.readouterr().out)}

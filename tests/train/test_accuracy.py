@@ -119,12 +119,8 @@ def test_mistakes():
         ImagePipeline(make_config(), unlabelled)
 
 
-# fmt: off
-CONFIGS = (
-    "vit", "vmoe", "soft_moe", "sparse_upcycling", "dynamic_dino", "ewa", "pmoe", "mofme",
-    "modular_vision",
-)
-# fmt: on
+OTHERS = ["soft_moe", "sparse_upcycling", "dynamic_dino", "ewa", "pmoe", "mofme", "modular_vision"]
+CONFIGS = ("vit", "vmoe", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

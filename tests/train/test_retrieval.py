@@ -194,7 +194,9 @@ def test_mistakes():
         check_evaluators(load_config("clip", {"eval.metrics": ("accuracy",)}))
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "limoe"])
+@pytest.mark.parametrize(
+    "name", ["clip", *(pytest.param(name, marks=pytest.mark.slow) for name in ("siglip", "limoe"))]
+)
 def test_a_few_steps_find_the_text_of_a_grey(name):
     overrides = {
         "model.image_size": 8,
