@@ -6,7 +6,7 @@ could not tell apart, are experts for different details, and one model of all of
     moejax train --config clip_moe:stage --workdir runs/stage1 --config.train.init_from=runs/stage0
     moejax train --config clip_moe --workdir runs/clip_moe --config.train.init_from=runs/experts
 
-moejax/surgery/multiplet.py has the steps from ``clip`` to here. ``stage`` trains the feed-forward
+docs/vision.md has the steps from ``clip`` to here. ``stage`` trains the feed-forward
 layers of ``clip`` with negatives of the same cluster (``data.clusters``); the default has four of
 them as experts, two for each token by a softmax whose weights are renormalised, and trains routers
 alone, with a balance loss. Departures: all blocks of both towers have experts, there the last ones;

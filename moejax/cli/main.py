@@ -19,7 +19,7 @@ COMMANDS = {
     "compare": "several configs at equal training FLOPs, with intervals over seeds",
     "isoflop": "one config at several widths and equal FLOPs: best sizes and a scaling law",
     "prepare": "make a data set from public packages or a folder of pictures",
-    "convert": "make a run of another one: experts averaged into a dense model",
+    "convert": "make a run of others: a dense model of experts, experts of dense models",
     "launch": "the file that starts a run on a cluster or in a cloud",
     "list": "the configs, sources, blocks, objectives, ... that a config can name",
 }

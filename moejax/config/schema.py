@@ -115,7 +115,7 @@ class DataConfig:
     caption: str = "name"
     # Art styles of local:emoji3m; () takes all.
     styles: tuple[str, ...] = ()
-    # A file that surgery/multiplet.py wrote: the cluster of each training record of format "pairs".
+    # A file of `moejax convert clusters`: the cluster of each training record of format "pairs".
     clusters: str = ""
     # Which features of a tfds: set are picture, text and label; "" leaves one out.
     image_feature: str = "image"

@@ -9,6 +9,7 @@ from jaxtyping import Int32
 
 from moejax.config.schema import Config
 from moejax.data.pipeline import Batch, ImagePipeline, recipe_hash
+from moejax.data.record_io import replace_file
 from moejax.data.sources import RecordSource
 from moejax.data.text_tokenizer import load_text_tokenizer
 from moejax.data.vocabulary import BOS, EOS, NUM_SPECIAL, PAD
@@ -91,9 +92,14 @@ class PairPipeline(ImagePipeline):
 
 def write_clusters(path: Path, ids: Sequence[str], clusters: Int32[np.ndarray, " n"]) -> None:
     """The file of ``data.clusters``: an npz of record ids and their clusters."""
+    held = {"ids": np.asarray(ids), "clusters": np.asarray(clusters, np.int32)}
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            np.savez(file, **held)
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        np.savez(file, ids=np.asarray(ids), clusters=np.asarray(clusters, np.int32))
+    replace_file(path, write)
 
 
 def read_clusters(path: Path, ids: Sequence[str]) -> tuple[Int32[np.ndarray, " n"], str]:
@@ -107,7 +113,7 @@ def read_clusters(path: Path, ids: Sequence[str]) -> tuple[Int32[np.ndarray, " n
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"data.clusters={path}: no file of clusters ({error}); write one with "
-            "python -m moejax.surgery.multiplet"
+            "moejax convert clusters"
         ) from error
     missing = next((name for name in ids if name not in cluster_of), None)
     if missing is not None:

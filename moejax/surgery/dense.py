@@ -8,15 +8,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from moejax.config.checks import require
 from moejax.config.moe import MoEConfig
 from moejax.config.schema import Config
 from moejax.config.training import TrainConfig
 from moejax.config.trunk import TrunkConfig
-from moejax.nn.stack import Segment, segments_of
+from moejax.surgery.layers import as_stack, layers_of
 
 # Routers that give each token one expert, with weight 1.
 _WEIGHT_ONE = ("forced", "hash", "random_partition")
@@ -91,8 +88,8 @@ def dense_params(params: Mapping[str, Any], here: TrunkConfig, there: TrunkConfi
       here: the config of the dense model.
       there: the config of the model with experts.
     """
-    layers = [_dense_layer(layer) for layer in _layers(params["stack"], segments_of(there))]
-    return {**params, "stack": _stack(layers, segments_of(here))}
+    layers = [_dense_layer(layer) for layer in layers_of(there, params["stack"])]
+    return {**params, "stack": as_stack(here, layers)}
 
 
 def _dense_layer(layer: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,29 +101,3 @@ def _dense_layer(layer: Mapping[str, Any]) -> dict[str, Any]:
     rest = {name: leaf for name, leaf in layer.items() if name != "moe"}
     ffn = {"wi_mdf": mean(experts["wi_edf"]), "wo_mfd": mean(experts["wo_efd"])}
     return {**rest, "ffn": ffn}
-
-
-def _layers(stack: Mapping[str, Any], segments: tuple[Segment, ...]) -> list[dict[str, Any]]:
-    """The parameters of each block by itself, in order."""
-    found = []
-    for number, segment in enumerate(segments):
-        for row in range(segment.repeats):
-            for block in range(len(segment.kinds)):
-                own = stack[f"segment_{number}"][f"block_{block}"]
-                found.append(jax.tree.map(lambda leaf, row=row: leaf[row], own))
-    return found
-
-
-def _stack(layers: list[dict[str, Any]], segments: tuple[Segment, ...]) -> dict[str, Any]:
-    """The reverse of :func:`_layers`."""
-    stack = {}
-    for number, segment in enumerate(segments):
-        period = len(segment.kinds)
-        end = segment.first + period * segment.repeats
-        stack[f"segment_{number}"] = {
-            f"block_{block}": jax.tree.map(
-                lambda *rows: jnp.stack(rows), *layers[segment.first + block : end : period]
-            )
-            for block in range(period)
-        }
-    return stack

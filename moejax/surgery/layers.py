@@ -6,7 +6,14 @@ one depth can be cut differently: all blocks dense, or every other one with expe
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.config.trunk import TrunkConfig
+from moejax.nn.stack import segments_of
 
 # What a layer's parameter is made of: the path there, and the row of its first axis.
 Rows = tuple[tuple[str, int], ...]
@@ -74,3 +81,30 @@ def recut(
         if all(path in there for path, _ in rows) and len(shapes) == 1:
             found[name] = rows, (len(rows), *shapes.pop())
     return found
+
+
+def layers_of(config: TrunkConfig, stack: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parameters of each block of a stack, in order."""
+    layers = []
+    for i, segment in enumerate(segments_of(config)):
+        held = stack[f"segment_{i}"]
+        for repeat in range(segment.repeats):
+            for j in range(len(segment.kinds)):
+                take = lambda leaf, repeat=repeat: leaf[repeat]
+                layers.append(jax.tree.map(take, held[f"block_{j}"]))
+    return layers
+
+
+def as_stack(config: TrunkConfig, layers: Sequence[Any]) -> dict[str, Any]:
+    """The inverse of :func:`layers_of`."""
+    stack = {}
+    for i, segment in enumerate(segments_of(config)):
+        period = len(segment.kinds)
+        last = segment.first + period * segment.repeats
+        stack[f"segment_{i}"] = {
+            f"block_{j}": jax.tree.map(
+                lambda *leaves: jnp.stack(leaves), *layers[segment.first + j : last : period]
+            )
+            for j in range(period)
+        }
+    return stack

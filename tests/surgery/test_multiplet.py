@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from flax.core import meta
 
+from moejax.cli.main import main
 from moejax.config import load_config
 from moejax.errors import UserError
 from moejax.models import build_model
 from moejax.parallel.mesh import batch_sharding
-from moejax.surgery.multiplet import as_stack, assemble, cluster_pairs, layers_of
+from moejax.surgery.layers import as_stack, layers_of
+from moejax.surgery.multiplet import assemble, cluster_pairs
 from moejax.train.leaves import named_leaves
+from moejax.train.load import load
 from moejax.train.setup import prepare_model
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -164,6 +167,43 @@ def test_routers_are_all_that_is_trained_in_the_end():
     before, after = trained("clip_moe", {})
     changed = {name for name in before if before[name].tobytes() != after[name].tobytes()}
     assert changed == {name for name in before if "/router/" in name} and len(changed) == 2
+
+
+def test_from_a_run_to_experts_by_command(tmp_path, capsys):
+    """Of one stage twice the model is the stage; what is there stays, and nothing is left half."""
+    flags = [f"--config.{k}={v}" for k, v in TINY.items() if k not in ("model.vocab_size",)]
+    flags += ["--config.train.steps=1", "--config.eval.metrics=()", "--config.eval.every=0"]
+    stage, made = tmp_path / "stage", tmp_path / "experts"
+    clusters, more = tmp_path / "c" / "one.npz", tmp_path / "two.npz"
+    assert main(["train", "--config", "clip", "--workdir", str(stage), *flags]) == 0
+    from_stage = ["--workdir", str(stage)]
+    assert main(["convert", "clusters", *from_stage, "--to", str(clusters)]) == 0
+    again = [*from_stage, "--to", str(more), "--before", str(clusters)]
+    assert main(["convert", "clusters", *again]) == 0
+    # The same features: no cluster is parted further.
+    with np.load(clusters) as one, np.load(more) as two:
+        assert one["ids"].tolist() == two["ids"].tolist() and one["clusters"].max() > 0
+        np.testing.assert_array_equal(one["clusters"], two["clusters"])
+    pair = ["--workdir", f"{stage},{stage}", "--to", str(made)]
+    assert main(["convert", "experts", *pair]) == 0
+    base, experts = load(stage), load(made)
+    assert experts.config.model.moe.num_experts == 2 and experts.step == 0
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(run.params)) for run in (base, experts)]
+    assert experts.config.about.total_params == sizes[1] > sizes[0]
+    batch = base.train_pipeline().batch(0)
+    np.testing.assert_allclose(experts.apply(batch).image, base.apply(batch).image, atol=1e-5)
+
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    for command, message in (
+        (["experts", *pair], "experts: is there already; name a new folder"),
+        (["clusters", *again], "two.npz: is there already; name a new file"),
+        (["experts", *from_stage, "--to", str(tmp_path / "x")], "--workdir: name two stages"),
+        (["dense", *from_stage, "--to", "x", "--before", "y"], "--before: is for clusters"),
+    ):
+        assert main(["convert", *command]) == 2
+        assert message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_mistakes():
