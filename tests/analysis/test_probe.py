@@ -66,6 +66,20 @@ def test_the_penalty_is_chosen_by_whole_families_of_training():
     assert chosen > min(probe.PENALTIES) and accuracy(chosen) > accuracy(min(probe.PENALTIES))
 
 
+def test_a_penalty_that_is_too_large_is_not_chosen():
+    """The class is the small difference of two features that share their noise."""
+    rng = np.random.default_rng(5)
+    labels = rng.integers(0, 2, 200)
+    noise = 3 * rng.normal(size=200)
+    x = np.stack([noise + 2 * labels - 1, noise], axis=1)
+    train = Labelled(Scale.of(x)(x), labels, [str(i) for i in range(200)])
+    chosen = choose_penalty(train, 2)
+    accuracy = lambda penalty: float(
+        (Ridge(train.x_nd, labels, 2).classify(train.x_nd, penalty) == labels).mean()
+    )
+    assert accuracy(chosen) == 1 > accuracy(max(probe.PENALTIES)) and chosen < 1
+
+
 def test_shots():
     labels = np.asarray([0] * 10 + [1] * 2 + [3] * 5)
     rows = draw_shots(labels, 3, np.random.default_rng(0))

@@ -186,6 +186,7 @@ def test_from_a_run_to_experts_by_command(tmp_path, capsys):
         np.testing.assert_array_equal(one["clusters"], two["clusters"])
     pair = ["--workdir", f"{stage},{stage}", "--to", str(made)]
     assert main(["convert", "experts", *pair]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "experts", "stage", "two.npz"]
     base, experts = load(stage), load(made)
     assert experts.config.model.moe.num_experts == 2 and experts.step == 0
     sizes = [sum(leaf.size for leaf in jax.tree.leaves(run.params)) for run in (base, experts)]
