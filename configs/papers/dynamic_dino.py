@@ -47,5 +47,5 @@ def get_config(arg=""):
         "model.moe.router.options",
         "model.moe.top_k",
     )
-    about.total_params, about.active_params = 892_810, 450_442
+    about.total_params, about.active_params = 393_482, 199_946
     return config

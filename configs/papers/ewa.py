@@ -36,5 +36,5 @@ def get_config(arg=""):
         "optim.share_rate",
         "optim.share_steps",
     )
-    about.total_params, about.active_params = 892_042, 449_674
+    about.total_params, about.active_params = 392_970, 199_434
     return config

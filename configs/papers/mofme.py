@@ -35,5 +35,5 @@ def get_config(arg=""):
         "model.moe.score.options",
         "model.moe.top_k",
     )
-    about.total_params = about.active_params = 433_546
+    about.total_params = about.active_params = 194_826
     return config

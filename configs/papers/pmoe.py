@@ -5,7 +5,7 @@ network needs fewer samples and fewer parameters, by a factor that is polynomial
 
     moejax train --config pmoe           # or :small: laptop CPU, Fashion-MNIST, float32
 
-Expert choice within each picture: each of 4 experts takes 16 of the 64 patches, and weighs them by
+Expert choice within each picture: each of 4 experts takes 12 of the 49 patches, and weighs them by
 a softmax of its gate values over those 16. Gates begin near 0 (a standard deviation of 1e-4), so
 that all 16 begin with about 1/16. Every other block has experts; the paper's networks are
 convolutional, with one such layer. The baseline is ``vit``. Device, minutes, expected accuracy: not
@@ -23,7 +23,7 @@ def get_config(arg=""):
     config.model.block_pattern = ("dense", "moe")
     moe.num_experts = 4
     moe.router.name = "expert_choice"
-    # The mean number of experts of a patch: 64 patches x 1 over 4 experts.
+    # The mean number of experts of a patch: 49 patches x 1 over 4 experts, rounded down to 12.
     moe.router.options = {"capacity_factor": 1.0, "weights": "tokens", "rounding": "down"}
     moe.score.options = {"init_std": 1e-4}
     about.paper, about.family = "arXiv 2306.04073", "vision-mixture-of-experts"
@@ -33,5 +33,5 @@ def get_config(arg=""):
         "model.moe.num_experts",
         "model.moe.router.options",
     )
-    about.total_params, about.active_params = 892_042, 449_674
+    about.total_params, about.active_params = 392_970, 199_434
     return config

@@ -6,7 +6,7 @@ nothing is dropped, nothing has to be balanced, and more experts cost no more.
     moejax train --config soft_moe       # or :small: laptop CPU, Fashion-MNIST, float32
     moejax train --config soft_moe:s16   # the paper's sizes: s16 s14 b16 l16 h14, bfloat16
 
-One slot for each expert (in ``small`` four, so that there are as many as patches); scores are
+One slot for each expert (in ``small`` three: 48 for 49 patches); scores are
 cosines with a learned scale; the second half of the blocks has experts; each picture is routed by
 itself. The sizes are those of the authors' code. Departures: no biases in the blocks; JFT-4B is not
 to be had, so that the paper's sizes are for inspection; the schedule is an inverse square root
@@ -33,7 +33,7 @@ ARGS = ("", "small", *SIZES)
 def get_config(arg=""):
     config = load_config_dict("vit")
     model, moe, about = config.model, config.model.moe, config.about
-    moe.num_experts, slots, last, count = 16, 4, 2, 2_673_036
+    moe.num_experts, slots, last, count = 16, 3, 2, 1_172_748
     if arg in SIZES:
         width, layers, heads, hidden, patch, moe.num_experts, last, count = SIZES[arg]
         slots = 1

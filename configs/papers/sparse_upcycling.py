@@ -56,5 +56,5 @@ def get_config(arg=""):
         "model.moe.router.options",
         "model.moe.routing_group",
     )
-    about.total_params, about.active_params = 1_482_634, 597_898
+    about.total_params, about.active_params = 651_530, 264_458
     return config

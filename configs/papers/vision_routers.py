@@ -12,10 +12,10 @@ The argument is the router: ``softmax_token`` (the default), ``sinkhorn_token``,
 expert), ``soft``; ``dense`` has none. With ``_clip`` it is that of the pictures' tower of ``clip``,
 on four art styles of emoji (`moejax prepare emoji3m`). All have the FLOPs of ``dense`` within 1%,
 with experts as wide as its MLP: a token has one expert, or one on average, and there are as many
-places as tokens. Of soft routing 48 slots for 64 patches cost that, with the mixing in and out.
-What a plan costs, sums without a matrix product, is not in the FLOPs. Token choice drops those who
-find no place, in their order, in evaluation those of the lowest weight. Sparse routers see eight
-pictures together.
+places as tokens. Of soft routing 40 slots for 49 patches (48 for 64 beside texts) cost that, with
+the mixing in and out. What a plan costs, sums without a matrix product, is not in the FLOPs. Token
+choice drops those who find no place, in their order, in evaluation those of the lowest weight.
+Sparse routers see eight pictures together.
 
 Departures: 8 experts for 32, in every other block, with SwiGLU; Fashion-MNIST for JFT-300M. What
 the paper does where, but for the routers, is inferred from V-MoE and the authors' code. Device,
@@ -32,12 +32,13 @@ ROUTERS = {
     "softmax_expert": ("expert_choice", BY_EXPERT),
     "sinkhorn_expert": ("expert_choice", {**BY_EXPERT, "plan": "sinkhorn"}),
     "sparse_expert": ("expert_choice", {**BY_EXPERT, "plan": "sparse"}),
-    "soft": ("soft", {"slots": 6}),
+    "soft": ("soft", {}),
 }
 PAIRS = "_clip"
 ARGS = ("", "small", *ROUTERS, "dense", *(name + PAIRS for name in (*ROUTERS, "dense")))
-# Of the dense model of pictures and texts.
-PAIR_PARAMS = 968_353
+# Parameters of the dense model; what experts add in all, for one token, with soft routing.
+PICTURE_PARAMS = (217_354, 517_120, 1_024, 521_218)
+PAIR_PARAMS = (968_353, 775_680, 1_536, 783_362)
 # fmt: off
 INFERRED = (
     "model.block_pattern", "model.moe.capacity_factor", "model.moe.eval_capacity",
@@ -54,11 +55,11 @@ def get_config(arg=""):
     model.num_layers, model.ffn_hidden = 4, (192,)
     about.paper, about.family = "arXiv 2401.15969", "vision-mixture-of-experts"
     about.mechanism_test = "tests/papers/test_vision_routers.py::test_each_is_another_router"
-    about.total_params = about.active_params = PAIR_PARAMS if pairs else 375_178
-    dense = about.total_params
+    dense, added, added_active, added_soft = PAIR_PARAMS if pairs else PICTURE_PARAMS
+    about.total_params = about.active_params = dense
     if name == "dense":
         return config
-    about.total_params, about.active_params = dense + 775_680, dense + 1_536
+    about.total_params, about.active_params = dense + added, dense + added_active
     model.block_pattern = ("dense", "moe")
     moe.num_experts, moe.top_k, moe.equal_init = 8, 1, True
     moe.router.name, options = ROUTERS[name]
@@ -71,7 +72,8 @@ def get_config(arg=""):
         names = ("importance", "load")
         moe.losses = tuple({"name": loss, "coefficient": 0.005} for loss in names)
     if name == "soft":
+        moe.router.options.slots = 6 if pairs else 5
         moe.score.name, moe.score.options = "cosine", {"learn_scale": True}
-        about.total_params = about.active_params = dense + 783_362
+        about.total_params = about.active_params = dense + added_soft
     about.approximate = INFERRED
     return config

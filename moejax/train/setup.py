@@ -18,6 +18,7 @@ from moejax.objectives import build_objective
 from moejax.parallel.mesh import batch_sharding, check_mesh, make_mesh
 from moejax.train.compilation import use_compilation_cache
 from moejax.train.evaluate import EvalContext, check_evaluators, eval_plans
+from moejax.train.host_memory import keep_freed_memory
 from moejax.train.state import StateRecipe, TrainState, state_recipe
 from moejax.train.step import StepMetrics, make_train_step
 from moejax.train.writers import check_writers
@@ -111,6 +112,8 @@ def prepare(config: Config, devices: Sequence[Any] | None = None) -> Setup:
     check_writers(config.log)
     # The mesh before the data: what costs nothing is checked first.
     check_mesh(config, len(jax.devices() if devices is None else devices))
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     build_model(config)
     pipeline = open_pipeline(config, "train")
     opened = {"train": pipeline}

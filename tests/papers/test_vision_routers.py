@@ -77,12 +77,13 @@ def test_all_cost_what_the_dense_model_does():
 
 def test_all_cost_the_same_beside_texts():
     dense = load_config("vision_routers:dense_clip")
-    alone = load_config("vision_routers:soft")
     for name in NAMES:
         config = load_config(f"vision_routers:{name}_clip")
         assert flops_per_token(config) == pytest.approx(flops_per_token(dense), rel=0.01), name
         assert config.data == dense.data and config.objective == dense.objective
-    assert config.model.moe == alone.model.moe
+        # Of more patches soft routing has more slots.
+        if name != "soft":
+            assert config.model.moe == load_config(f"vision_routers:{name}").model.moe
 
 
 def test_each_is_another_router():
