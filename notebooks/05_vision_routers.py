@@ -39,13 +39,9 @@ from moejax.data.fashion_mnist import PACKAGE_FOLDER
 TOY = os.environ.get("TOY") == "1"
 STEPS = 4 if TOY else 400
 FASHION = PACKAGE_FOLDER.is_dir()
+base = "vit" if FASHION else "vit:emoji"
 folder = Path(tempfile.mkdtemp())
 common = {
-    "data.source": "fashion_mnist:default" if FASHION else "builtin:emoji32",
-    # Clothes may all be mirrored; a record of an emoji says whether it may.
-    "objective.augment.flip": "all" if FASHION else "allowed",
-    "model.d_model": 64,
-    "model.num_heads": 2,
     "model.ffn_hidden": (192,),
     "model.block_pattern": ("dense", "moe"),
     "model.moe.num_experts": 8,
@@ -71,8 +67,8 @@ hidden = common["model.ffn_hidden"][0]
 # %% [markdown]
 # ## Equal FLOPs
 # Two experts of half the hidden width cost what the dense layer costs. So do as many slots as
-# patches, with experts of two thirds of it: mixing into slots and out of them costs the rest. By
-# formula, and counted from the traced program.
+# patches (48 for 49), with experts of two thirds of it: mixing into slots and out of them costs the
+# rest. By formula, and counted from the traced program.
 
 # %%
 from moejax.analysis.flops import counted_flops, flops_per_token
@@ -89,16 +85,15 @@ models = {
         "model.moe.router.options.capacity_factor": 2.0,
         "model.moe.hidden": hidden // 2,
     },
-    # 64 patches.
     "soft": {
         "model.moe.router.name": "soft",
-        "model.moe.router.options.slots": 8,
+        "model.moe.router.options.slots": 6 if FASHION else 8,
         "model.moe.hidden": 2 * hidden // 3,
         "model.moe.score.name": "cosine",
         "model.moe.score.options.learn_scale": True,
     },
 }
-configs = {name: moejax.load_config("vit", common | own) for name, own in models.items()}
+configs = {name: moejax.load_config(base, common | own) for name, own in models.items()}
 for name, config in configs.items():
     formula, dense = flops_per_token(config), flops_per_token(configs["dense"])
     counted = counted_flops(config).forward.nominal

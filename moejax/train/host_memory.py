@@ -15,7 +15,8 @@ def keep_freed_memory() -> bool:
 
     A step on a CPU allocates its arrays and frees them again. glibc gives large pieces back to the
     system at once, which then clears each page for the next step: a third of the time of a small
-    model (docs/profiling.md). Kept, the process holds the most that it ever used.
+    model (docs/profiling.md). Kept, the process holds the most that it ever used. Call it before
+    jax starts its threads: what they allocate comes from heaps of their own otherwise.
 
     Does nothing on a C library other than glibc, or where the environment already says how memory
     is allocated (``MALLOC_*``, ``GLIBC_TUNABLES``, ``LD_PRELOAD``).

@@ -96,6 +96,7 @@ def configure_jax(config: Config) -> None:
     if getattr(config.model, "dtype", "") == "float64":
         jax.config.update("jax_enable_x64", True)
     use_compilation_cache(config.train.compilation_cache_dir)
+    keep_freed_memory()
     if config.train.profile_steps:
         # Else a program kept from before a change of names comes back with the old ones.
         jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
@@ -112,8 +113,6 @@ def prepare(config: Config, devices: Sequence[Any] | None = None) -> Setup:
     check_writers(config.log)
     # The mesh before the data: what costs nothing is checked first.
     check_mesh(config, len(jax.devices() if devices is None else devices))
-    if jax.default_backend() == "cpu":
-        keep_freed_memory()
     build_model(config)
     pipeline = open_pipeline(config, "train")
     opened = {"train": pipeline}
