@@ -24,7 +24,7 @@ fashion_mnist() {
 
 # shellcheck disable=SC2046
 emoji3m() {
-  BUDGET="${EMOJI_BUDGET:-flops=2e12}"
+  BUDGET="${EMOJI_BUDGET:-flops=4e12}"
   compare emoji3m $(arms _clip) --config.eval.metrics="('retrieval','retrieval@test/0')" \
     --also image_to_text/recall_at_10,text_to_image/recall_at_10,test/image_to_text/recall_at_10
 }
