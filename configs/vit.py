@@ -6,7 +6,8 @@
 
 The 28x28 pictures are 49 patches of 4x4, mirrored at random in training. The held-out split
 ``val`` is a twelfth of the published training pictures; ``test`` is the published one. Of the
-categories of emoji one, Component, is in the training split alone.
+categories of emoji one, Component, is in the training split alone. Two CPU cores: 9 minutes (15 of
+processor time), 90.2% of ``test`` (seed 0).
 """
 
 from moejax.config import default_config
