@@ -13,6 +13,7 @@ from moejax.config.contrastive import PairConfig as PairConfig
 from moejax.config.contrastive import TwoTowersConfig as TwoTowersConfig
 from moejax.config.decoder import DecoderConfig as DecoderConfig
 from moejax.config.decoder import LatentConfig as LatentConfig
+from moejax.config.dit import DiTConfig as DiTConfig
 from moejax.config.evaluation import ProbeConfig, RobustnessConfig
 from moejax.config.registry import MODEL_CONFIGS as MODEL_CONFIGS
 from moejax.config.registry import OBJECTIVE_CONFIGS as OBJECTIVE_CONFIGS
@@ -23,6 +24,7 @@ from moejax.config.trunk import TrunkConfig as TrunkConfig
 from moejax.config.trunk import UntieConfig as UntieConfig
 from moejax.config.vision import AugmentConfig as AugmentConfig
 from moejax.config.vision import ClassificationConfig as ClassificationConfig
+from moejax.config.vision import PatchesConfig as PatchesConfig
 from moejax.config.vision import ViTConfig as ViTConfig
 from moejax.config.vision import check_packed
 
