@@ -1,0 +1,64 @@
+"""DiT, Peebles and Xie 2022, arXiv 2212.09748: a transformer that denoises latents.
+
+Claim: a vision transformer whose blocks are shifted, scaled and gated by the noise level and the
+class replaces the U-Net of diffusion models, and gets better with its FLOPs.
+
+    moejax train --config dit            # or dit:small: laptop CPU, Fashion-MNIST, float32
+    moejax train --config dit:xl2        # the paper's sizes: s2 b2 b4 l2 xl2, bfloat16
+
+DDPM of 1,000 steps on the linear schedule, noise and the range of its variance predicted, one label
+in ten left out for guidance, a moving average of the weights. The sizes are for latents of 32x32x4
+of 256-pixel pictures, ImageNet's 1,000 classes; their autoencoder is not to be had here, so that
+they are for inspection. The laptop's denoises the 28x28 pixels themselves, at a width, a rate and a
+warm-up of our own. Departures: no biases in attention and MLPs, initial weights by fan-in. Device,
+minutes, quality: not measured.
+"""
+
+from moejax.config import default_config
+
+# width, layers, heads, patch, parameters.
+SIZES = {
+    "s2": (384, 12, 6, 2, 0),
+    "b2": (768, 12, 12, 2, 0),
+    "b4": (768, 12, 12, 4, 0),
+    "l2": (1024, 24, 16, 2, 0),
+    "xl2": (1152, 28, 16, 2, 0),
+}
+ARGS = ("", "small", *SIZES)
+
+
+def get_config(arg=""):
+    config = default_config("dit", "diffusion")
+    model, about = config.model, config.about
+    model.learned_range = config.objective.learned_range = True
+    config.objective.update(process="ddpm", schedule="linear", label_dropout=0.1)
+    config.objective.augment.flip = "all"
+    config.optim.update(schedule="constant", weight_decay=0.0, b2=0.999)
+    about.paper, about.family = "arXiv 2212.09748", "diffusion-transformer"
+    about.mechanism_test = "tests/models/test_dit.py::test_blocks_begin_as_the_identity"
+    if arg in SIZES:
+        *sizes, total = SIZES[arg]
+        from_paper(config, *sizes)
+    else:
+        total = 0
+        model.update(image_size=28, num_classes=10, num_layers=4, d_model=64, num_heads=2)
+        model.ffn_hidden = (256,)
+        config.data.update(source="fashion_mnist:default", image_size=28, batch_size=64)
+        config.optim.update(learning_rate=1e-3, warmup_steps=100, ema_decay=0.999)
+        config.train.update(steps=12_000, checkpoint_every=2000)
+        config.log.every, config.eval.every = 100, 2000
+    about.total_params = about.active_params = total
+    return config
+
+
+def from_paper(config, width: int, layers: int, heads: int, patch: int) -> None:
+    """Sizes and training of the authors' code, on latents of ImageNet."""
+    model = config.model
+    model.update(image_size=32, in_channels=4, num_classes=1000, patch_size=patch)
+    model.update(d_model=width, num_layers=layers, num_heads=heads, ffn_hidden=(4 * width,))
+    model.dtype = "bfloat16"
+    config.data.update(image_size=256, batch_size=256)
+    config.optim.update(learning_rate=1e-4, warmup_steps=0, clip_norm=0.0, ema_decay=0.9999)
+    config.train.update(steps=400_000, checkpoint_every=5000)
+    config.mesh.data, config.mesh.fsdp = 1, -1
+    config.about.approximate = ("data.source", "model.dtype")
