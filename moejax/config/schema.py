@@ -13,6 +13,9 @@ from moejax.config.contrastive import PairConfig as PairConfig
 from moejax.config.contrastive import TwoTowersConfig as TwoTowersConfig
 from moejax.config.decoder import DecoderConfig as DecoderConfig
 from moejax.config.decoder import LatentConfig as LatentConfig
+from moejax.config.diffusion import Diffusion as Diffusion
+from moejax.config.diffusion import DiffusionConfig as DiffusionConfig
+from moejax.config.diffusion import TimeSampling as TimeSampling
 from moejax.config.dit import DiTConfig as DiTConfig
 from moejax.config.evaluation import ProbeConfig, RobustnessConfig
 from moejax.config.registry import MODEL_CONFIGS as MODEL_CONFIGS
@@ -209,6 +212,11 @@ class TransfusionConfig:
             "must be in (0, 1]",
         )
 
+    @property
+    def diffusion(self) -> Diffusion:
+        """The process of the pictures."""
+        return Diffusion(self.process)
+
 
 @OBJECTIVE_CONFIGS.register("autoencode")
 @dataclasses.dataclass(frozen=True)
@@ -348,6 +356,11 @@ class Config:
             self.data.format == "tokens" or objective not in ("next_token", "transfusion"),
             "data.format",
             f"objective {objective!r} needs tokens, got {self.data.format!r}",
+        )
+        require(
+            self.data.format == "images" or objective != "diffusion",
+            "data.format",
+            f"objective 'diffusion' needs images, got {self.data.format!r}",
         )
         if hasattr(self.model, "latents"):
             continuous = self.model.latents.channels > 0

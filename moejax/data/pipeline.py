@@ -185,7 +185,7 @@ def _check_classes(config: Config, source: RecordSource) -> None:
     if not found:
         raise UserError(f"data.source={source.name}: its records have no labels; choose another")
     if found > wanted or (categories and found != wanted):
-        field = "num_classes" if config.objective.name == "classification" else "task_classes"
+        field = "task_classes" if config.objective.name == "multitask" else "num_classes"
         raise UserError(
             f"model.{field}={wanted}: {source.name} has {found} classes; make the two equal"
         )
@@ -194,7 +194,7 @@ def _check_classes(config: Config, source: RecordSource) -> None:
 def _label_classes(config: Config) -> int:
     """How many labels the objective counts on; 0 if it does not read any."""
     model = config.model
-    if config.objective.name == "classification":
+    if config.objective.name in ("classification", "diffusion"):
         return model.num_classes
     if config.objective.name == "multitask":
         counts = dict(zip(model.modalities, model.task_classes, strict=True))
