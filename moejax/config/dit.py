@@ -1,13 +1,17 @@
 """The diffusion transformer (models/dit.py) in a config."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from moejax.config.checks import require, require_positive
 from moejax.config.contrastive import TextSizes, TextTowerConfig, tower_of_texts
+from moejax.config.diffusion import Diffusion
 from moejax.config.registry import MODEL_CONFIGS
 from moejax.config.vision import PatchesConfig
 from moejax.errors import UserError
+
+# Of pictures.
+CHANNELS = 3
 
 
 @MODEL_CONFIGS.register("dit")
@@ -27,7 +31,7 @@ class DiTConfig(PatchesConfig):
     # goes by modality (``moe.allowed``, ``moe.score.per_modality``, losses and reports).
     modalities: tuple[str, ...] = ("image",)
     # Numbers of each pixel of what is denoised: 3 of pictures, or those of the latents.
-    in_channels: int = 3
+    in_channels: int = CHANNELS
     # As many numbers again are predicted, of the variance.
     learned_range: bool = False
     # Classes that a picture may be said to show; what is said of no class is one row more.
@@ -80,3 +84,36 @@ class DiTConfig(PatchesConfig):
     def text_tower(self) -> TextTowerConfig:
         """The tower of texts as a trunk of its own."""
         return tower_of_texts(self, "mean")
+
+
+def check_denoiser(data: Any, model: Any, objective: Any) -> None:
+    """UserError unless pictures are what ``model`` denoises, and ``objective`` is about that."""
+    if not isinstance(model, DiTConfig):
+        require(
+            not data.latents,
+            "data.latents",
+            f"model {model.name!r} reads pictures or sequences; leave it False",
+        )
+        return
+    require(
+        isinstance(objective, Diffusion),
+        "objective.name",
+        f"{objective.name!r} does not fit model 'dit'; it needs 'diffusion'",
+    )
+    require(
+        model.learned_range == objective.learned_range,
+        "model.learned_range",
+        f"is {model.learned_range} and objective.learned_range={objective.learned_range}; make the "
+        "two equal",
+    )
+    require(
+        data.latents or (model.image_size, model.in_channels) == (data.image_size, CHANNELS),
+        "model.image_size",
+        f"{model.image_size}, with model.in_channels={model.in_channels}, is not that of pictures "
+        f"(data.image_size={data.image_size}, {CHANNELS} channels); for latents set data.latents",
+    )
+    require(
+        not model.text_length or model.text_length == data.sequence_length,
+        "model.text_length",
+        f"{model.text_length} is not data.sequence_length={data.sequence_length}; make them equal",
+    )

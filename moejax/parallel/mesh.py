@@ -82,10 +82,9 @@ def _split_sizes(config: Config) -> Iterator[tuple[str, str, int]]:
         yield "tensor", "model.vocab_size", model.vocab_size
     if isinstance(model, PatchesConfig):
         yield "sequence", "the tokens of a picture", model.num_tokens
-    reads_texts = isinstance(model, DiTConfig) and model.text_length > 0
-    if isinstance(model, PairConfig) or reads_texts:
+    if isinstance(model, PairConfig) or (isinstance(model, DiTConfig) and model.text_length):
         yield "tensor", "model.vocab_size", model.vocab_size
-    if isinstance(model, TwoTowersConfig) or reads_texts:
+    if isinstance(model, TwoTowersConfig) or (isinstance(model, DiTConfig) and model.text_length):
         yield "sequence", "model.text_length", model.text_length
         yield from _trunk_sizes(model.text_tower)
     if isinstance(model, TrunkConfig):
