@@ -108,7 +108,7 @@ class DiffusionConfig(Diffusion):
     """Denoising of pictures or their latents (objectives/diffusion.py)."""
 
     name: str = "diffusion"
-    # How often a training picture loses its label, for classifier-free guidance.
+    # How often a training picture loses its label and its text, for classifier-free guidance.
     label_dropout: float = 0.1
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
 

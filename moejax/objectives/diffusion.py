@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Bool, Float
 
 from moejax.config.checks import require
 from moejax.config.diffusion import DiffusionConfig
 from moejax.config.vision import AugmentConfig
+from moejax.data.vocabulary import PAD
 from moejax.models.autoencoder import to_signed
 from moejax.objectives.base import OBJECTIVES, LossSums, Objective
 from moejax.objectives.classification import augmented
@@ -31,7 +32,7 @@ def noisy_batch(
     x0: Float[Array, "b h w z"],
     eps: Float[Array, "b h w z"],
     times: Float[Array, " b"],
-    no_label: Num[Array, " b"] | None = None,
+    no_label: Bool[Array, " b"] | None = None,
 ) -> dict:
     """The batch that the model sees.
 
@@ -42,7 +43,7 @@ def noisy_batch(
       x0: the data.
       eps: standard normal noise.
       times: of moejax.ops.diffusion.
-      no_label: rows that lose their label.
+      no_label: rows that lose their label, and their text.
 
     Returns:
       ``batch`` without its pictures, with ``x_t`` [b, h, w, z] and ``times`` [b] as the network
@@ -57,6 +58,8 @@ def noisy_batch(
         labels = jnp.where(unknown, num_classes, labels)
     else:
         labels = jnp.zeros(len(x0), jnp.int32)
+    if "tokens" in batch and no_label is not None:
+        kept["tokens"] = jnp.where(no_label[:, None], PAD, batch["tokens"])
     return {**kept, "x_t": x_t, "times": told, "labels": labels}
 
 
@@ -96,7 +99,8 @@ def diffusion_objective(config: DiffusionConfig, model):
 
     def loss(outputs, batch: dict, rng=None) -> LossSums:
         del rng
-        prediction = outputs.prediction.astype(batch["data"].dtype)
+        prediction = outputs.prediction
+        prediction = prediction.astype(jnp.promote_types(prediction.dtype, jnp.float32))
         parts = (batch["data"], batch["noise"], batch["noise_times"])
         found = diffusion.losses(config, prediction, *parts)
         error = found.pop("error")
