@@ -131,6 +131,7 @@ def _record_parts(record: RoutingRecord, step: int) -> list[str]:
         ),
         _entropies(record),
         _by_class(record),
+        _by_time(record),
         _by_place(record),
         _drops(record),
         _together(record),
@@ -159,27 +160,45 @@ def _by_class(record: RoutingRecord) -> str:
     """Class x expert, for models that know the classes of pictures."""
     if not record.by_class.any():
         return ""
-    shares = record.class_share()
-    shown = spread(range(len(shares)), MOST_LAYERS)
-    top, classes = float(np.nanmax(shares[shown])), [str(name) for name in record.classes]
-    columns = record.expert_names()
-    maps = [
-        heatmap(
-            f"{record.layer_names[i]}, classes",
-            shares[i],
-            classes,
-            columns,
-            columns_title="expert",
-            top=top,
-        )
-        for i in shown
-    ]
+    classes = [str(name) for name in record.classes]
+    maps = _maps(record, record.class_share(), "classes", classes)
     text = (
         "The share of the choices of the tokens of each class's pictures. Given the class, "
         f"H(expert) is {_numbers(record.class_entropy)} nats by layer, in which "
         f"{_numbers(record.dead(), 0)} experts have less than {DEAD:.0%} of an even share."
     )
     return heading("Experts by class", text) + grid(maps)
+
+
+def _by_time(record: RoutingRecord) -> str:
+    """Noise level x expert, for models that denoise."""
+    if not record.by_time.any():
+        return ""
+    names = [f"{time:.3g}" for time in record.times]
+    maps = _maps(record, record.time_share(), "times", names)
+    text = (
+        "The share of the choices of the tokens at each noise level, by the middle of its times, "
+        "from data to noise. Given the level, H(expert) is "
+        f"{_numbers(record.time_entropy)} nats by layer."
+    )
+    return heading("Experts by noise level", text) + grid(maps)
+
+
+def _maps(record: RoutingRecord, shares_lxe: np.ndarray, what: str, rows: list[str]) -> list[str]:
+    """A map of each layer shown, with its experts for columns; all of one scale."""
+    shown = spread(range(len(shares_lxe)), MOST_LAYERS)
+    top, columns = float(np.nanmax(shares_lxe[shown])), record.expert_names()
+    return [
+        heatmap(
+            f"{record.layer_names[i]}, {what}",
+            shares_lxe[i],
+            rows,
+            columns,
+            columns_title="expert",
+            top=top,
+        )
+        for i in shown
+    ]
 
 
 def _by_place(record: RoutingRecord) -> str:

@@ -133,8 +133,8 @@ class LayerCounts:
 
     def __init__(self, experts: int, modalities: int):
         self.experts = experts
-        self.by_token, self.by_shuffled, self.by_modality, self.by_label = (
-            PairCounts(experts) for _ in range(4)
+        self.by_token, self.by_shuffled, self.by_modality, self.by_label, self.by_time = (
+            PairCounts(experts) for _ in range(5)
         )
         self.chosen, self.kept = np.zeros((2, modalities, experts))
         self.together = np.zeros((experts, experts), np.int64)
@@ -149,6 +149,7 @@ class LayerCounts:
         shuffled: Int[np.ndarray, " n"],
         modality: Int[np.ndarray, "b t"],
         labels: Int[np.ndarray, "b t"] | None = None,
+        times: Int[np.ndarray, "b t"] | None = None,
     ) -> None:
         """Counts a batch.
 
@@ -161,6 +162,7 @@ class LayerCounts:
           modality: of the tokens.
           labels: the class of the picture that each token is of, -1 without one; None where
             pictures have none.
+          times: the number of the noise level of that picture; None where pictures have no noise.
         """
         chosen_ne, kept_ne = (
             one_hot(chosen[valid], self.experts),
@@ -172,6 +174,8 @@ class LayerCounts:
         if labels is not None:
             known = labels[valid] >= 0
             self.by_label.add(labels[valid][known], chosen_ne[known])
+        if times is not None:
+            self.by_time.add(times[valid], chosen_ne)
         np.add.at(self.chosen, modality[valid], chosen_ne)
         np.add.at(self.kept, modality[valid], kept_ne)
         self.together += together(chosen_ne)

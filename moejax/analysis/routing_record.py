@@ -58,6 +58,9 @@ class RoutingRecord:
       by_class: [l, v, e], choices of the tokens of each class's pictures.
       by_patch: [l, p, e], choices of the patch at each place of the grid.
       class_entropy: [l], H(expert | class).
+      times: [q], the noise levels that a diffusion model was asked about, from data to noise.
+      by_time: [l, q, e], choices of the tokens of pictures at each of them.
+      time_entropy: [l], H(expert | noise level).
     """
 
     layers: np.ndarray
@@ -88,6 +91,9 @@ class RoutingRecord:
     by_class: np.ndarray = _no(0, 0, 0)
     by_patch: np.ndarray = _no(0, 0, 0)
     class_entropy: np.ndarray = _no(0)
+    times: np.ndarray = _no(0)
+    by_time: np.ndarray = _no(0, 0, 0)
+    time_entropy: np.ndarray = _no(0)
 
     def arrays(self) -> dict[str, np.ndarray]:
         """For a file."""
@@ -159,6 +165,10 @@ class RoutingRecord:
     def patch_share(self) -> np.ndarray:
         """[l, p, e]: the same for the patch at each place of the grid."""
         return self._shares(self.by_patch)
+
+    def time_share(self) -> np.ndarray:
+        """[l, q, e]: the same for the tokens of pictures at each noise level."""
+        return self._shares(self.by_time)
 
     def _shares(self, counts_lxe: np.ndarray) -> np.ndarray:
         total = counts_lxe.sum(axis=-1, keepdims=True)

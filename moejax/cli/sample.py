@@ -14,7 +14,18 @@ from moejax.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from moejax.generate.samples import Outcome
 
-MODES = ("all", "text2image", "image2text", "unconditional")
+MODES = (
+    "all",
+    "text2image",
+    "image2text",
+    "unconditional",
+    "class2image",
+    "denoising",
+    "guidance",
+)
+# Those of diffusion models of pictures alone, and those that a prompt goes with.
+_OF_DENOISERS = ("class2image", "denoising", "guidance")
+_PROMPTED = ("text2image", "denoising", "guidance")
 _SETTINGS = ("seed", "temperature", "top_k", "top_p", "guidance")
 # What each data.order trains a model to write.
 _TRAINED = {
@@ -29,7 +40,8 @@ def run(argv: Sequence[str]) -> int:
     parser = command_parser(
         "sample",
         "Sample from a checkpoint: pictures of captions, captions of pictures, pictures without a\n"
-        "caption. Writes MODE.png, .txt and .json into WORKDIR/samples/step_N, with the nearest\n"
+        "caption; of a diffusion model pictures of classes, strips of denoising, a sweep of the\n"
+        "guidance. Writes MODE.png, .txt and .json into WORKDIR/samples/step_N, with the nearest\n"
         "training picture and its distance beside each new one.",
         config=False,
     )
@@ -55,7 +67,7 @@ def run(argv: Sequence[str]) -> int:
         "--guidance",
         type=float,
         default=2.0,
-        help="weight of the caption in text2image; 1 is the model alone (default: 2)",
+        help="weight of the caption or the class; 1 is the model alone (default: 2)",
     )
     parser.add_argument(
         "--denoise-steps",
@@ -66,6 +78,16 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--ancestral", action="store_true", help="draw new noise at each denoising step"
+    )
+    parser.add_argument(
+        "--sampler",
+        help="of a diffusion model: ddim, ddpm, euler, heun, dpmpp_2m, sde (default: ddim)",
+    )
+    parser.add_argument(
+        "--shift",
+        type=float,
+        default=1.0,
+        help="of the times of --sampler; above 1 more steps are spent where there is much noise",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
@@ -80,28 +102,21 @@ def run(argv: Sequence[str]) -> int:
 
     from tqdm import tqdm
 
-    from moejax.generate.api import check_can_sample, sampler_of
-    from moejax.generate.denoise import check_denoising
-    from moejax.generate.samples import Request, sample_mode, write_outcome
+    from moejax.generate.denoiser_samples import sample_mode
+    from moejax.generate.samples import Request, write_outcome
     from moejax.generate.sampling import Sampling, check_sampling
     from moejax.train.load import load
 
-    check_can_sample(config)
     sampling = check_sampling(Sampling(args.temperature, args.top_k, args.top_p, args.guidance))
-    modes = modes or _TRAINED[config.data.order]
+    possible = _possible(config)
+    modes = modes or possible
+    _check_modes(modes, possible, config)
     split = args.split or config.eval.split
-    settings = {name: getattr(args, name) for name in _SETTINGS}
     # With --json stdout carries the document alone, whatever a library prints.
     aside = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
     with aside:
         loaded = load(args.workdir, args.step)
-        sampler = sampler_of(loaded)
-        if sampler.denoising is not None:
-            denoising = sampler.denoising.replace(
-                steps=args.denoise_steps, ancestral=args.ancestral
-            )
-            sampler = dataclasses.replace(sampler, denoising=check_denoising(denoising))
-            settings |= {"denoise_steps": args.denoise_steps, "ancestral": args.ancestral}
+        sampler, settings = _sampler(loaded, args)
         pipeline = loaded.train_pipeline()
         folder = Path(args.workdir) / "samples" / f"step_{loaded.step}"
         about = {"run": str(args.workdir), "step": loaded.step, "split": split, **settings}
@@ -152,22 +167,77 @@ def _modes(args: argparse.Namespace) -> tuple[str, ...]:
         raise UserError("--workdir: name the folder of a run, e.g. --workdir runs/quickstart")
     if args.mode is not None and args.mode not in MODES:
         raise UserError(f"--mode: no mode {args.mode!r}{did_you_mean(args.mode, MODES)}")
-    if args.prompt and args.mode not in (None, "text2image"):
-        raise UserError(f"--prompt: goes with --mode text2image, not with --mode {args.mode}")
+    if args.prompt and args.mode not in (None, *_PROMPTED):
+        raise UserError(
+            f"--prompt: goes with --mode {', '.join(_PROMPTED)}, not with --mode {args.mode}"
+        )
     if not all(prompt.strip() for prompt in args.prompt):
         raise UserError("--prompt: is empty; --mode unconditional makes pictures without a caption")
     if args.n < 1:
         raise UserError(f"--n: must be positive, got {args.n}")
     if args.seed < 0:
         raise UserError(f"--seed: must not be negative, got {args.seed}")
-    if args.prompt:
+    if args.prompt and args.mode is None:
         return ("text2image",)
     return () if args.mode in (None, "all") else (args.mode,)
 
 
+def _possible(config: Any) -> tuple[str, ...]:
+    """The modes that the model of a run was trained for; UserError if it writes nothing."""
+    from moejax.generate.api import check_can_sample
+    from moejax.generate.denoiser import draws_pictures
+    from moejax.generate.denoiser_samples import modes_of
+
+    if draws_pictures(config):
+        return modes_of(config.model)
+    check_can_sample(config)
+    return _TRAINED[config.data.order]
+
+
+def _check_modes(modes: tuple[str, ...], possible: tuple[str, ...], config: Any) -> None:
+    """UserError for a mode that is of another kind of model."""
+    from moejax.generate.denoiser import draws_pictures
+
+    denoiser = draws_pictures(config)
+    for mode in modes:
+        if (denoiser and mode not in possible) or (not denoiser and mode in _OF_DENOISERS):
+            raise UserError(
+                f"--mode {mode}: not of model.name={config.model.name} as it is trained; use "
+                + " or ".join(possible)
+            )
+
+
+def _sampler(loaded: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """What pictures and texts are drawn from, and the settings that have an effect on them."""
+    from moejax.generate.api import sampler_of
+    from moejax.generate.denoise import check_denoising
+    from moejax.generate.denoiser import Drawing, check_drawing, denoiser_of, draws_pictures
+
+    if draws_pictures(loaded.config):
+        sampler = denoiser_of(loaded)
+        drawing = Drawing(
+            sampler=args.sampler or Drawing.sampler,
+            steps=args.denoise_steps,
+            shift=args.shift,
+            guidance=args.guidance,
+        )
+        sampler = dataclasses.replace(sampler, drawing=check_drawing(drawing, sampler.diffusion))
+        names = ("seed", "guidance", "denoise_steps", "shift")
+        settings = {name: getattr(args, name) for name in names}
+        return sampler, {**settings, "sampler": drawing.sampler}
+    settings = {name: getattr(args, name) for name in _SETTINGS}
+    sampler = sampler_of(loaded)
+    if sampler.denoising is not None:
+        denoising = sampler.denoising.replace(steps=args.denoise_steps, ancestral=args.ancestral)
+        sampler = dataclasses.replace(sampler, denoising=check_denoising(denoising))
+        settings |= {"denoise_steps": args.denoise_steps, "ancestral": args.ancestral}
+    return sampler, settings
+
+
 def _about_mode(about: dict[str, Any], mode: str) -> dict[str, Any]:
     """``about`` without the settings that have no effect in ``mode``."""
-    return {key: value for key, value in about.items() if key != "guidance" or mode == "text2image"}
+    guided = ("text2image", "class2image", "denoising")
+    return {key: value for key, value in about.items() if key != "guidance" or mode in guided}
 
 
 def _report(outcome: "Outcome", paths: dict[str, Path]) -> list[str]:

@@ -16,6 +16,7 @@ from moejax.data.records import Record, frames_of
 from moejax.data.sources import RecordSource
 from moejax.errors import UserError
 from moejax.generate.api import Sampler, caption_images, sample_images
+from moejax.generate.denoiser import PictureSampler, draw_pictures
 from moejax.generate.images import (
     GridRow,
     Tile,
@@ -31,6 +32,9 @@ TITLES = {
     "text2image": "text to image",
     "image2text": "image to text",
     "unconditional": "images without a caption",
+    "class2image": "class to image",
+    "denoising": "what the model has in mind on the way from noise",
+    "guidance": "the same noise under several weights of guidance",
 }
 _PER_PROMPT = 2
 # Of the pictures and captions that are not the user's own, so many are from the training split.
@@ -132,18 +136,18 @@ class Request:
     """What to sample, and with what.
 
     Attributes:
-      sampler: the model.
+      sampler: the model, a Sampler or a PictureSampler.
       data: where held-out and training records come from.
       split: of the held-out records.
       prompts: captions of the user's own; instead of those of records.
       count: pictures (or captions) per mode.
-      sampling: temperature, filters, guidance.
+      sampling: temperature, filters, guidance of models of sequences.
       seed: of the samples and of the choice of records.
       progress: called with the number of samples done since the last call.
       sources: splits that are open already.
     """
 
-    sampler: Sampler
+    sampler: Any
     data: DataConfig
     split: str
     prompts: Sequence[str]
@@ -221,13 +225,7 @@ def _text_to_image(request: Request) -> Outcome:
         example.text if example.group == "prompt" else cut_caption(sampler, example.text)
         for example in examples
     ]
-    pictures = sample_images(
-        sampler,
-        [text for text in texts for _ in range(each)],
-        sampling=request.sampling,
-        seed=request.seed,
-        progress=request.progress,
-    )
+    pictures = _draw(request, [text for text in texts for _ in range(each)])
     neighbours = request.train_images.nearest(pictures)
     grid, rows, lines, real_distances = [], [], [], []
     for i, example in enumerate(examples):
@@ -243,17 +241,17 @@ def _text_to_image(request: Request) -> Outcome:
                 (real,) = request.train_images.nearest(example.frames[:1])
                 row["nearest_of_real"] = real.document()
                 real_distances.append(real.distance)
-                lines.append(f"  real picture {example.record_id}: {_describe(real)}")
+                lines.append(f"  real picture {example.record_id}: {describe(real)}")
         row["samples"] = [{"nearest": near.document()} for near in neighbours[own]]
         for k, (picture, near) in enumerate(zip(pictures[own], neighbours[own], strict=True), 1):
-            tiles += [Tile(picture, f"sample {k}"), _neighbour_tile(near)]
-            lines.append(f"  sample {k}: {_describe(near)}")
+            tiles += [Tile(picture, f"sample {k}"), neighbour_tile(near)]
+            lines.append(f"  sample {k}: {describe(near)}")
         note = "your prompt" if example.group == "prompt" else f"from the {example.group} split"
         grid.append(GridRow(example.shown, note, tiles))
         rows.append(row)
-    summary = {"median_distance": _median([near.distance for near in neighbours])}
+    summary = {"median_distance": median([near.distance for near in neighbours])}
     if real_distances:
-        summary["median_distance_of_real"] = _median(real_distances)
+        summary["median_distance_of_real"] = median(real_distances)
     columns = min(9, max(len(row.tiles) for row in grid))
     return Outcome("text2image", grid, columns, rows, lines, summary)
 
@@ -296,20 +294,14 @@ def _image_to_text(request: Request) -> Outcome:
 
 
 def _unconditional(request: Request) -> Outcome:
-    pictures = sample_images(
-        request.sampler,
-        [""] * request.count,
-        sampling=request.sampling,
-        seed=request.seed,
-        progress=request.progress,
-    )
+    pictures = _draw(request, [""] * request.count)
     neighbours = request.train_images.nearest(pictures)
     tiles = []
     for k, (picture, near) in enumerate(zip(pictures, neighbours, strict=True), 1):
-        tiles += [Tile(picture, f"sample {k}"), _neighbour_tile(near)]
+        tiles += [Tile(picture, f"sample {k}"), neighbour_tile(near)]
     rows = [{"sample": k, "nearest": near.document()} for k, near in enumerate(neighbours, 1)]
-    lines = [f"sample {k}: {_describe(near)}" for k, near in enumerate(neighbours, 1)]
-    summary = {"median_distance": _median([near.distance for near in neighbours])}
+    lines = [f"sample {k}: {describe(near)}" for k, near in enumerate(neighbours, 1)]
+    summary = {"median_distance": median([near.distance for near in neighbours])}
     grid = [GridRow("", "", tiles)]
     return Outcome("unconditional", grid, 8, rows, ["", *lines], summary)
 
@@ -350,7 +342,15 @@ def _write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def cut_caption(sampler: Sampler, text: str) -> str:
+def _draw(request: Request, captions: list[str]) -> np.ndarray:
+    """A picture for each caption, "" for none; [n, h, w, 3] uint8."""
+    sampler, shared = request.sampler, {"seed": request.seed, "progress": request.progress}
+    if isinstance(sampler, PictureSampler):
+        return draw_pictures(sampler, captions, **shared).pictures
+    return sample_images(sampler, captions, sampling=request.sampling, **shared)
+
+
+def cut_caption(sampler: Sampler | PictureSampler, text: str) -> str:
     """``text``, cut to what training cuts it to."""
     ids = sampler.text_tokenizer.encode(text)
     if len(ids) <= sampler.text_room:
@@ -358,17 +358,17 @@ def cut_caption(sampler: Sampler, text: str) -> str:
     return sampler.text_tokenizer.decode(ids[: sampler.text_room])
 
 
-def _neighbour_tile(near: Neighbour) -> Tile:
+def neighbour_tile(near: Neighbour) -> Tile:
     assert near.example.image is not None
     return Tile(near.example.image, f"nearest: {near.distance:.1f}")
 
 
-def _describe(near: Neighbour) -> str:
+def describe(near: Neighbour) -> str:
     return (
         f"nearest training picture {near.example.record_id} ({near.example.text}), "
         f"distance {near.distance:.1f}"
     )
 
 
-def _median(values: Sequence[float]) -> float:
+def median(values: Sequence[float]) -> float:
     return round(float(np.median(values)), 3)

@@ -118,19 +118,30 @@ def _pictures(context: EvalContext) -> dict[str, float]:
     return values
 
 
-def _score_pictures(model, config, num_classes: int, params: Any, batch: dict, quarter):
-    """Sums over the pictures that count, of each loss, and how many ``pictures``."""
+def noisy_pictures(config, num_classes: int, batch: dict, part, parts: int):
+    """Each picture once in one of ``parts`` equal parts of the times that training draws.
+
+    The time within the part and the noise depend on the picture's number alone.
+
+    Returns:
+      (the batch that the model reads, x0, eps, times [b]).
+    """
     x0 = clean_pictures(batch)
     rows = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(0), number))(batch["index"])
 
     def draw(key):
-        time_key, noise_key = jax.random.split(jax.random.fold_in(key, quarter))
+        time_key, noise_key = jax.random.split(jax.random.fold_in(key, part))
         share = 1 - jax.random.uniform(time_key)
         return share, jax.random.normal(noise_key, x0.shape[1:])
 
     share, eps = jax.vmap(draw)(rows)
-    times = quantile_times(config, (quarter + share) / QUARTERS)
-    batch = noisy_batch(batch, config, num_classes, x0, eps, times)
+    times = quantile_times(config, (part + share) / parts)
+    return noisy_batch(batch, config, num_classes, x0, eps, times), x0, eps, times
+
+
+def _score_pictures(model, config, num_classes: int, params: Any, batch: dict, quarter):
+    """Sums over the pictures that count, of each loss, and how many ``pictures``."""
+    batch, x0, eps, times = noisy_pictures(config, num_classes, batch, quarter, QUARTERS)
     output = model.apply({"params": params}, batch, train=False).prediction
     found = diffusion.losses(config, output.astype(jnp.float32), x0, eps, times)
     weights = batch["weights"].astype(jnp.float32)

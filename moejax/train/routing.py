@@ -12,12 +12,13 @@ Numbers, each the mean over the layers of experts (under ``routing/``):
 * ``dead_experts``: experts with weights that have less than a hundredth of the even share.
 
 A vision transformer has a token's place in the picture for its id, and ``class_entropy``, H(expert
-| class), for pictures with labels. Of soft routing the choice of a token is the expert whose slots
-it mixes most of.
+| class), for pictures with labels. A diffusion transformer too: it is shown every picture at
+``TIMES`` noise levels, spread as in training, and has ``time_entropy``, H(expert | noise level). Of
+soft routing the choice of a token is the expert whose slots it mixes most of.
 
-It draws the load of the experts by modality and which are chosen together, for a vision transformer
-also the experts of each class, of each place, and on pictures; and leaves its counts and the
-choices of a few rows in ``workdir/arrays`` for ``moejax report``.
+It draws the load of the experts by modality and which are chosen together, for models of patches
+also the experts of each class, place and noise level, and those on pictures; and leaves its counts
+and the choices of a few rows in ``workdir/arrays`` for ``moejax report``.
 """
 
 import functools
@@ -37,16 +38,20 @@ from moejax.analysis.routing import (
     shuffled_within,
 )
 from moejax.analysis.routing_record import NAME, RoutingRecord
-from moejax.config.schema import Config, ViTConfig
+from moejax.config.schema import Config, DiTConfig, PatchesConfig
 from moejax.errors import UserError
 from moejax.objectives.routing import routings
+from moejax.ops.diffusion_times import quantile_times
 from moejax.routing import summarise
+from moejax.train.denoising import noisy_pictures
 from moejax.train.evaluate import EVALUATORS, EvalContext, EvalResult
 from moejax.train.routing_log import RoutingLayer, has_experts, routing_layers
 from moejax.train.rows_shown import PICTURES, pictures_of, pieces_of, token_rows, valid_tokens
 
 # Rows of the first batch whose choices are kept; where a row is a picture, PICTURES.
 ROWS = 4
+# Noise levels at which a diffusion model is asked.
+TIMES = 8
 SUMMARIES = (
     "entropy",
     "margin",
@@ -66,6 +71,7 @@ def routing(context: EvalContext) -> EvalResult:
         draw_experts,
         draw_patches,
         draw_places,
+        draw_times,
         draw_together,
     )
 
@@ -96,6 +102,7 @@ def routing(context: EvalContext) -> EvalResult:
                 dealt,
                 batch["modality"],
                 batch.get("token_labels"),
+                batch.get("token_times"),
             )
         if not rows:
             rows = _rows(context, batch, valid, recorded, counts)
@@ -107,6 +114,8 @@ def routing(context: EvalContext) -> EvalResult:
     if record.by_patch.any():
         images[f"{NAME}_places"] = draw_places(record)
         images[f"{NAME}_patches"] = draw_patches(record)
+    if record.by_time.any():
+        images[f"{NAME}_times"] = draw_times(record)
     # Where a token has one expert, none are chosen together.
     if (record.together.sum(axis=(1, 2)) > np.trace(record.together, axis1=1, axis2=2)).any():
         images[f"{NAME}_together"] = draw_together(record)
@@ -121,7 +130,7 @@ def check(config: Config) -> None:
             f"{config.model.name} has none; leave it out, or set model.moe.num_experts and a "
             "block such as 'moe' in model.block_pattern"
         )
-    if config.data.format != "tokens" and not isinstance(config.model, ViTConfig):
+    if config.data.format != "tokens" and not isinstance(config.model, PatchesConfig):
         raise UserError(
             "eval.metrics: 'routing' shows tokens of sequences or patches, and model.name="
             f"{config.model.name} has none; leave it out (train/router/... is logged anyway)"
@@ -137,6 +146,8 @@ def metric_names(config: Config) -> list[str]:
     names = (*SUMMARIES, *ENTROPIES, "dead_experts")
     if getattr(config.model, "num_classes", 0):
         names = (*names, "class_entropy")
+    if isinstance(config.model, DiTConfig):
+        names = (*names, "time_entropy")
     return [f"routing/{name}" for name in names]
 
 
@@ -146,18 +157,31 @@ routing.metric_names = metric_names
 
 def recorded_batches(context: EvalContext):
     """(numpy batch, what :func:`moejax.nn.moe.routing_aux` records of it) over the split."""
-    forward = context.program("routing", functools.partial(_forward, context.model))
+    config = context.config
+    denoiser = isinstance(config.model, DiTConfig)
+    noisy = (
+        functools.partial(noisy_pictures, config.objective, config.model.num_classes)
+        if (denoiser)
+        else None
+    )
+    forward = context.program("routing", functools.partial(_forward, context.model, noisy))
     for batch, on_device in context.batches():
-        recorded = jax.device_get(forward(context.params, on_device))
-        if not recorded:
-            raise UserError(
-                "eval.metrics: 'routing' needs a block with experts; model.block_pattern="
-                f"{context.config.model.block_pattern} has none"
-            )
-        yield token_rows(context.config.model, batch), recorded
+        rows = token_rows(config.model, batch)
+        for time in range(TIMES if denoiser else 1):
+            recorded = jax.device_get(forward(context.params, on_device, time))
+            if not recorded:
+                raise UserError(
+                    "eval.metrics: 'routing' needs a block with experts; model.block_pattern="
+                    f"{config.model.block_pattern} has none"
+                )
+            if denoiser:
+                rows = {**rows, "token_times": np.full_like(rows["tokens"], time)}
+            yield rows, recorded
 
 
-def _forward(model: Any, params: Any, batch: dict) -> dict[str, dict]:
+def _forward(model: Any, noisy: Any, params: Any, batch: dict, time: Any) -> dict[str, dict]:
+    if noisy is not None:
+        batch = noisy(batch, time, TIMES)[0]
     if "segments" in batch:
         # Rows that only fill up the batch count for nothing: padding.
         real = (batch["weights"] > 0).any(axis=1, keepdims=True)
@@ -233,7 +257,7 @@ def _rows(
     counts: Mapping[RoutingLayer, LayerCounts],
 ) -> dict[str, np.ndarray]:
     """The part of a record that shows single tokens."""
-    shown = PICTURES if isinstance(context.config.model, ViTConfig) else ROWS
+    shown = PICTURES if isinstance(context.config.model, PatchesConfig) else ROWS
     tokens = batch["tokens"][:shown]
     kept = [
         choices_of(recorded, layer, counted.experts)[1][:shown] for layer, counted in counts.items()
@@ -293,7 +317,7 @@ def _record(
         token_entropy=np.asarray([given for _, given in of_token]),
         shuffled_token_entropy=np.asarray([c.by_shuffled.entropies()[1] for c in counts.values()]),
         modality_entropy=np.asarray([c.by_modality.entropies()[1] for c in counts.values()]),
-        **(_of_pictures(context, counts, widest) if isinstance(model, ViTConfig) else {}),
+        **(_of_pictures(context, counts, widest) if isinstance(model, PatchesConfig) else {}),
         **rows,
     )
 
@@ -302,7 +326,7 @@ def _of_pictures(
     context: EvalContext, counts: Mapping[RoutingLayer, LayerCounts], widest: int
 ) -> dict[str, np.ndarray]:
     """The part of a record that is about classes and patches."""
-    model: ViTConfig = context.config.model
+    model: Any = context.config.model
     names = getattr(context.pipeline.source, "categories", ()) or range(model.num_classes)
     wide = lambda table: np.pad(table, [(0, 0), (0, widest - table.shape[1])])
     first = model.num_tokens - model.num_patches
@@ -313,6 +337,17 @@ def _of_pictures(
             [wide(c.by_token.table(model.num_tokens)[first:]) for c in counts.values()]
         ),
         "class_entropy": np.asarray([c.by_label.entropies()[1] for c in counts.values()]),
+        **(_of_times(context, counts, wide) if isinstance(model, DiTConfig) else {}),
+    }
+
+
+def _of_times(context: EvalContext, counts: Mapping[RoutingLayer, LayerCounts], wide) -> dict:
+    """The part of a record that is about noise levels: the middle of each."""
+    middles = (jnp.arange(TIMES) + 0.5) / TIMES
+    return {
+        "times": np.asarray(quantile_times(context.config.objective, middles)),
+        "by_time": np.stack([wide(c.by_time.table(TIMES)) for c in counts.values()]),
+        "time_entropy": np.asarray([c.by_time.entropies()[1] for c in counts.values()]),
     }
 
 
@@ -329,4 +364,6 @@ def _values(record: RoutingRecord, sums: Any, layers: list[RoutingLayer]) -> dic
     values = {**values, **entropies, "routing/dead_experts": float(record.dead().mean())}
     if np.isfinite(record.class_entropy).any():
         values["routing/class_entropy"] = float(record.class_entropy.mean())
+    if np.isfinite(record.time_entropy).any():
+        values["routing/time_entropy"] = float(record.time_entropy.mean())
     return values

@@ -47,6 +47,15 @@ def draw_classes(record: RoutingRecord) -> UInt8[np.ndarray, "h w 3"]:
     return panels_of(panels, names, "expert", float(np.nanmax(shares[shown], initial=0)))
 
 
+def draw_times(record: RoutingRecord) -> UInt8[np.ndarray, "h w 3"]:
+    """For each layer noise level x expert, the share of the choices at that level."""
+    shown = spread(range(len(record.layers)), _MOST_LAYERS)
+    shares = record.time_share()
+    panels = [(record.layer_names[i], shares[i]) for i in shown]
+    names = [f"time {time:.2f}" for time in record.times]
+    return panels_of(panels, names, "expert", float(np.nanmax(shares[shown], initial=0)))
+
+
 def draw_places(record: RoutingRecord) -> UInt8[np.ndarray, "h w 3"]:
     """For each layer and expert the grid of patches, the share of a place's choices."""
     rows, columns = map(int, record.grid)

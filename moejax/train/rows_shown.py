@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from moejax.config.schema import Config, ViTConfig
-from moejax.data.vocabulary import BOA, BOI, BOS, EOA, EOI, EOS
+from moejax.config.schema import Config, PatchesConfig
+from moejax.data.vocabulary import BOA, BOI, BOS, EOA, EOI, EOS, PAD
 from moejax.train.evaluate import EvalContext
 
 # Pictures of a batch that are shown: two clips of four frames, say.
@@ -16,12 +16,13 @@ _MARKS = {BOS: "BOS", EOS: "EOS", BOI: "BOI", EOI: "EOI", BOA: "BOA", EOA: "EOA"
 
 
 def token_rows(model: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The batch with its tokens: those that a vision transformer makes of pictures have no others.
+    """The batch with its tokens: those that models of patches make of pictures have no others.
 
     A token's id is its place in the row (class token, registers, patches row by row), as in
-    moejax/models/vit.py; all are of the one modality, and each has the label of its picture.
+    moejax/models/vit.py; each has the label of its picture. All are of the first modality, but
+    those of pictures of which nothing is said where these are a second one (models/dit.py).
     """
-    if not isinstance(model, ViTConfig):
+    if not isinstance(model, PatchesConfig):
         return dict(batch)
     ids = np.arange(model.num_tokens, dtype=np.int32)
     tokens = np.broadcast_to(ids, (len(batch["images"]), len(ids)))
@@ -29,11 +30,24 @@ def token_rows(model: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndar
     return {
         **batch,
         "tokens": tokens,
-        "modality": 0 * ones,
+        "modality": _said_nothing(model, batch)[:, None] * ones,
         "segments": ones,
         "weights": np.asarray(batch["weights"])[:, None] * ones,
         "token_labels": np.asarray(batch["labels"])[:, None] * ones,
     }
+
+
+def _said_nothing(model: Any, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[b] int: 1 for pictures of the second modality, if there is one."""
+    rows = len(batch["images"])
+    if len(model.modalities) == 1:
+        return np.zeros(rows, np.int32)
+    nothing = np.ones(rows, bool)
+    if model.num_classes:
+        nothing &= np.asarray(batch["labels"]) < 0
+    if model.text_length:
+        nothing &= (np.asarray(batch["tokens"]) == PAD).all(axis=1)
+    return nothing.astype(np.int32)
 
 
 def valid_tokens(batch: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -43,7 +57,7 @@ def valid_tokens(batch: Mapping[str, np.ndarray]) -> np.ndarray:
 
 def pieces_of(context: EvalContext, tokens: np.ndarray) -> np.ndarray:
     """The text of each token; the names of marks; "" for the tokens of pictures and speech."""
-    if isinstance(context.config.model, ViTConfig):
+    if isinstance(context.config.model, PatchesConfig):
         return np.full(tokens.shape, "")
     vocabulary = context.pipeline.vocabulary
     tokenizer = context.kept("text tokenizer", functools.partial(_text_tokenizer, context.config))
@@ -67,7 +81,7 @@ def pictures_of(context: EvalContext, batch: Mapping[str, np.ndarray]) -> tuple[
     from moejax.models.picture_codec import load_picture_codec
 
     model = context.config.model
-    if isinstance(model, ViTConfig):
+    if isinstance(model, PatchesConfig):
         pictures = batch["images"][:PICTURES]
         first = model.num_tokens - model.num_patches
         places = [(row, first) for row in range(len(pictures))]
