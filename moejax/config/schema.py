@@ -13,7 +13,7 @@ from moejax.config.contrastive import PairConfig as PairConfig
 from moejax.config.contrastive import TwoTowersConfig as TwoTowersConfig
 from moejax.config.decoder import DecoderConfig as DecoderConfig
 from moejax.config.decoder import LatentConfig as LatentConfig
-from moejax.config.evaluation import ProbeConfig, RobustnessConfig
+from moejax.config.evaluation import FidelityConfig, ProbeConfig, RobustnessConfig
 from moejax.config.registry import MODEL_CONFIGS as MODEL_CONFIGS
 from moejax.config.registry import OBJECTIVE_CONFIGS as OBJECTIVE_CONFIGS
 from moejax.config.tasks import MultitaskConfig as MultitaskConfig
@@ -263,6 +263,7 @@ class EvalConfig:
     patience: int = 0
     probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
     robustness: RobustnessConfig = dataclasses.field(default_factory=RobustnessConfig)
+    fidelity: FidelityConfig = dataclasses.field(default_factory=FidelityConfig)
 
     def __post_init__(self):
         require(self.every >= 0, "eval.every", "must not be negative")
