@@ -17,6 +17,7 @@ COMMANDS = {
     "compile": "a training step for TPUs or GPUs that are not here: does it fit, what it exchanges",
     "bench": "how long a layer takes beside the dense one of equal FLOPs",
     "compare": "several configs at equal training FLOPs, with intervals over seeds",
+    "fidelity": "how far pictures are from real ones, and whether that measure sees known faults",
     "isoflop": "one config at several widths and equal FLOPs: best sizes and a scaling law",
     "prepare": "make a data set from public packages or a folder of pictures",
     "convert": "make a run of others: a dense model of experts, experts of dense models",

@@ -53,3 +53,27 @@ class RobustnessConfig:
             )
         require(len(self.noise) + len(self.blur) > 0, "eval.robustness.noise", "no level at all")
         require(self.seed >= 0, "eval.robustness.seed", "must not be negative")
+
+
+@dataclasses.dataclass(frozen=True)
+class FidelityConfig:
+    """The evaluator "fidelity" (train/fidelity.py)."""
+
+    # Pictures that are drawn, and real ones in each set beside them. A distance means something
+    # beside others of the same number alone.
+    pictures: int = 1000
+    # How often they are compared with other real pictures, for the spread.
+    draws: int = 5
+    # Training pictures that copies are looked for among, at most; 0: all.
+    reference: int = 60_000
+    # Of precision, recall, density and coverage.
+    neighbours: int = 5
+    # The workdir of a classifier of the same data, trained by itself; "" asks none.
+    classifier: str = ""
+    seed: int = 0
+
+    def __post_init__(self):
+        for name in ("pictures", "draws", "neighbours"):
+            require(getattr(self, name) > 0, f"eval.fidelity.{name}", "must be positive")
+        for name in ("reference", "seed"):
+            require(getattr(self, name) >= 0, f"eval.fidelity.{name}", "must not be negative")

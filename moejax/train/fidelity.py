@@ -1,0 +1,140 @@
+"""The "fidelity" evaluator: how good the pictures are that a model draws.
+
+``eval.fidelity.pictures`` pictures are drawn, of classes as frequent as in training, always with
+the same random numbers, and compared with real ones (moejax/analysis/fidelity/pictures.py).
+Reported under ``fidelity/``: ``fd_efflite0`` (a Frechet distance in EfficientNet-Lite0; no FID) and
+``kid_efflite0`` with their spread, ``precision``, ``recall``, ``density``, ``coverage``, beside
+``floor_...``, the same of real pictures; ``nearer_to_train``, ``memorised``, ``memorised_pixels``,
+beside ``chance_...``; and with ``eval.fidelity.classifier``, the workdir of a classifier,
+``class_accuracy`` beside ``real_class_accuracy``. Some samples are drawn in a grid, each with the
+nearest training picture.
+
+How a model draws pictures is one function, registered by ``model.name``::
+
+    @DRAWERS.register("mine")
+    def mine(context: EvalContext) -> Draw: ...
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from moejax.analysis.fidelity.pictures import RealPictures, metric_names, read_pictures
+from moejax.config import Registry
+from moejax.config.schema import Config
+from moejax.data.prepare.efficientnet import installed_weights
+from moejax.data.prepare.stages import track
+from moejax.errors import UserError
+from moejax.train.evaluate import EVALUATORS, EvalContext, EvalResult
+
+NAME = "fidelity"
+SHOWN = 16
+
+# draw(params, labels [b] int32, rng) -> pictures [b, h, w, 3] uint8, where b is data.batch_size and
+# -1 stands for no class. Called inside of jax.set_mesh; the same arguments give the same pictures.
+Draw = Callable[[Any, np.ndarray, jax.Array], Any]
+# model.name -> function(EvalContext) -> Draw
+DRAWERS: Registry[Callable[[EvalContext], Draw]] = Registry("way to draw pictures with model")
+
+
+@EVALUATORS.register(NAME)
+def fidelity(context: EvalContext) -> EvalResult:
+    """See the module docstring. Needs a model that draws pictures, and the extra "metrics"."""
+    options = context.config.eval.fidelity
+    source = context.train_pipeline.source
+    split = context.split or context.config.eval.split
+    real, label_pool = context.kept(f"{NAME} {split}", lambda: _real_pictures(context))
+    rng = np.random.default_rng(options.seed)
+    labels = rng.choice(label_pool, options.pictures).astype(np.int32)
+    draw = context.kept(f"{NAME} draw", lambda: DRAWERS.get(context.config.model.name)(context))
+    samples = draw_samples(
+        draw, context.params, labels, jax.random.key(options.seed), context.config.data.batch_size
+    )
+    values = real.compare(samples)
+    categories = tuple(getattr(source, "categories", ()))
+    if options.classifier:
+        from moejax.train.classifier import class_accuracy, load_classifier
+
+        judge = context.kept(f"{NAME} classifier", lambda: load_classifier(options.classifier))
+        values |= class_accuracy(judge, samples, labels, categories=categories)
+    values = {f"{NAME}/{name}": value for name, value in values.items()}
+    shown = samples[:SHOWN]
+    grid = _grid(shown, real.nearest_training(shown), labels[:SHOWN], categories)
+    return EvalResult(values, {NAME: grid}, notes=(real.describe(),))
+
+
+def check(config: Config) -> None:
+    """UserError unless the model draws pictures, and what judges them is there."""
+    if config.model.name not in DRAWERS:
+        raise UserError(
+            f"eval.metrics: 'fidelity' needs a model that draws pictures ({', '.join(DRAWERS)}), "
+            f"not model.name={config.model.name}; leave it out"
+        )
+    if jax.process_count() > 1:
+        raise UserError("eval.metrics: 'fidelity' runs on one host; leave it out, use moejax eval")
+    folder = config.eval.fidelity.classifier
+    if folder and not (Path(folder) / "config.json").is_file():
+        raise UserError(f"eval.fidelity.classifier: no run in {folder} (no config.json)")
+    installed_weights()
+
+
+def names(config: Config) -> list[str]:
+    """What :func:`fidelity` returns."""
+    found = metric_names()
+    if config.eval.fidelity.classifier:
+        found += ["class_accuracy", "real_class_accuracy"]
+    return [f"{NAME}/{name}" for name in found]
+
+
+fidelity.check = check
+fidelity.metric_names = names
+
+
+def draw_samples(
+    draw: Draw, params: Any, labels: np.ndarray, rng: jax.Array, batch_size: int
+) -> np.ndarray:
+    """A picture for each label, [n, h, w, 3] uint8, batch by batch of always the same size."""
+    found = []
+    starts = range(0, len(labels), batch_size)
+    for start in track(starts, f"drawing, {batch_size} pictures at a time", len(starts)):
+        part = np.resize(labels[start : start + batch_size], batch_size)
+        drawn = draw(params, part, jax.random.fold_in(rng, start // batch_size))
+        found.append(np.asarray(drawn))
+    return np.concatenate(found)[: len(labels)]
+
+
+def _real_pictures(context: EvalContext) -> tuple[RealPictures, np.ndarray]:
+    """What samples are compared with, and the labels of the training pictures."""
+    options = context.config.eval.fidelity
+    rng = np.random.default_rng(options.seed)
+    train, held_out = context.train_pipeline.source, context.pipeline.source
+    rows = rng.permutation(len(train))[: options.reference or None]
+    pictures, labels = read_pictures(train, rows)
+    others, _ = read_pictures(held_out, rng.permutation(len(held_out))[: options.pictures])
+    real = RealPictures(
+        pictures,
+        options.pictures,
+        others,
+        draws=options.draws,
+        k=options.neighbours,
+        seed=options.seed,
+        name="eval.fidelity.pictures",
+    )
+    return real, labels
+
+
+def _grid(
+    samples: np.ndarray, nearest: np.ndarray, labels: np.ndarray, categories: tuple[str, ...]
+) -> np.ndarray:
+    from moejax.generate.images import GridRow, Tile, draw_grid, drawable
+
+    rows = []
+    for sample, near, label in zip(samples, nearest, labels, strict=True):
+        known = 0 <= label < len(categories)
+        title = drawable(categories[label]) if known else ""
+        rows.append(GridRow(title, "", [Tile(sample, "sample"), Tile(near, "nearest")]))
+    header = "samples, each beside the nearest training picture, in pixels"
+    return np.asarray(draw_grid(rows, header, columns=2, panels=2))
