@@ -82,7 +82,7 @@ def test_small_is_the_default_in_float32(name):
     assert plain.model == small.model
     assert plain.model.dtype == "float32"
     # Pictures with labels come from a package of the system.
-    vision = plain.model.name in ("vit", "task_vit")
+    vision = plain.model.name in ("vit", "task_vit", "dit")
     assert plain.data.source.startswith("fashion_mnist:" if vision else "builtin:")
 
 

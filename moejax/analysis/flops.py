@@ -20,6 +20,7 @@ from moejax.config import Config, Registry
 from moejax.config.schema import (
     AutoencoderConfig,
     DecoderConfig,
+    DiTConfig,
     PairConfig,
     TrunkConfig,
     TwoTowersConfig,
@@ -30,6 +31,7 @@ from moejax.models import build_model
 from moejax.models.autoencoder import CHANNELS
 from moejax.nn.depth import together
 from moejax.nn.depth import training_room as depth_room
+from moejax.nn.modulation import TIME_FEATURES
 from moejax.nn.patch_adapter import TIME_FREQUENCIES
 from moejax.nn.recursive import training_room as step_room
 from moejax.objectives import build_objective
@@ -178,6 +180,26 @@ def task_vit_flops(config: Config) -> dict[str, TokenFlops] | None:
     return image and {name: image["image"] for name in config.model.modalities}
 
 
+@MODEL_FLOPS.register("dit")
+def dit_flops(config: Config) -> dict[str, TokenFlops] | None:
+    """Of one noisy picture: its patches in and out, the blocks, and what they are told."""
+    model: DiTConfig = config.model
+    blocks, d = _stack(config, model, model.num_patches), model.d_model
+    if blocks is None:
+        return None
+    numbers = model.num_patches * model.patch_size**2 * (model.in_channels + model.out_channels)
+    # Of the noise an MLP; of the output a shift and a scale.
+    told = (TIME_FEATURES + d) * d + 2 * d * d
+    total = TokenFlops(2.0 * (numbers * d + told), 0.0, 0.0) + blocks
+    if model.text_length:
+        tower = model.text_tower
+        text = _stack(config, tower, tower.text_length)
+        if text is None:
+            return None
+        total += text + TokenFlops(2.0 * tower.d_model * d, 0.0, 0.0)
+    return {name: total for name in model.modalities}
+
+
 @MODEL_FLOPS.register("two_towers")
 def two_towers_flops(config: Config) -> dict[str, TokenFlops] | None:
     """Of one pair: both towers, and its products with the batch."""
@@ -290,22 +312,22 @@ def _autoencoder(model: AutoencoderConfig, features: int) -> TokenFlops:
 @BLOCK_FLOPS.register("untied")
 def untied_block_flops(model: TrunkConfig, modality: int, length: int) -> TokenFlops:
     """A transformer block; untied weights cost what shared ones do."""
-    return _attention(model, length) + _mlp(
-        model, model.ffn_hidden[modality % len(model.ffn_hidden)]
-    )
+    width = model.ffn_hidden[modality % len(model.ffn_hidden)]
+    return _attention(model, length) + _mlp(model, width) + _modulation(model, length)
 
 
 @BLOCK_FLOPS.register("dense")
 def dense_block_flops(model: TrunkConfig, modality: int, length: int) -> TokenFlops:
     """A transformer block with everything shared: the widest feed-forward layer for all."""
-    return _attention(model, length) + _mlp(model, max(model.ffn_hidden))
+    dense = _mlp(model, max(model.ffn_hidden))
+    return _attention(model, length) + dense + _modulation(model, length)
 
 
 @BLOCK_FLOPS.register("moe")
 def moe_block_flops(model: TrunkConfig, modality: int, length: int) -> TokenFlops:
     """Attention and a layer of experts."""
     del modality
-    return _attention(model, length) + _experts(model, length)
+    return _attention(model, length) + _experts(model, length) + _modulation(model, length)
 
 
 @BLOCK_FLOPS.register("shortcut_moe")
@@ -339,6 +361,9 @@ def recursive_block_flops(model: TrunkConfig, modality: int, length: int) -> Tok
         given = recursion.share_kv and index > 0
         # Shared keys are those of the whole row, and are not computed again, unless updated.
         layer = _inner_flops(model, modality, length if given else room)
+        if given:
+            # A row is told its condition once, however many of its tokens run the step.
+            layer += _modulation(model, room) + _modulation(model, length).scaled(-1)
         if given and not recursion.update_kv:
             keys_and_values = 2.0 * model.d_model * 2 * model.kv_heads * model.head_dim
             layer = dataclasses.replace(layer, weights=layer.weights - keys_and_values)
@@ -365,6 +390,12 @@ def _attention(model: TrunkConfig, length: int) -> TokenFlops:
     projections = d * (model.num_heads + 2 * model.kv_heads) * h + model.num_heads * h * d
     # Each query meets `length` keys, then as many values.
     return TokenFlops(2.0 * projections, 4.0 * length * model.num_heads * h, 0.0)
+
+
+def _modulation(model: TrunkConfig, length: int) -> TokenFlops:
+    """The shift, the scale and the gate of two branches, once for each row."""
+    products = 6 * model.d_model**2 / length if model.modulated else 0.0
+    return TokenFlops(2.0 * products, 0.0, 0.0)
 
 
 def _mlp(model: TrunkConfig, width: float, activation: str = "") -> TokenFlops:

@@ -112,6 +112,9 @@ def abstract_batch(config: Config) -> dict[str, jax.ShapeDtypeStruct]:
             "labels": jax.ShapeDtypeStruct((rows,), jnp.int32),
             "mirror": jax.ShapeDtypeStruct((rows,), jnp.bool_),
         }
+        if data.latents:
+            grid = (rows, config.model.image_size, config.model.image_size)
+            batch["latents"] = jax.ShapeDtypeStruct((*grid, config.model.in_channels), jnp.float32)
         if data.format == "pairs":
             batch["tokens"] = jax.ShapeDtypeStruct((rows, data.sequence_length), jnp.int32)
             for name in ("family", "concept", "style", "cluster"):

@@ -1,7 +1,7 @@
 """Models of pictures and their texts (models/two_towers.py, models/limoe.py) in a config."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from moejax.config.checks import require, require_one_of, require_positive
 from moejax.config.registry import MODEL_CONFIGS, OBJECTIVE_CONFIGS
@@ -96,27 +96,35 @@ class TwoTowersConfig(PairConfig):
 
     @property
     def text_tower(self) -> TextTowerConfig:
-        """The tower of texts as a trunk of its own."""
-        fields, text = dataclasses.fields(TrunkConfig), self.text
-        shared = {field.name: getattr(self, field.name) for field in fields}
-        hidden = (text.ffn_hidden,) if text.ffn_hidden else self.ffn_hidden
-        return TextTowerConfig(
-            **shared
-            | {
-                "name": "text_tower",
-                "modalities": ("text",),
-                "num_layers": text.num_layers or self.num_layers,
-                "d_model": text.d_model or self.d_model,
-                "num_heads": text.num_heads or self.num_heads,
-                "ffn_hidden": hidden,
-                "block_pattern": text.block_pattern,
-                "first_blocks": (),
-                "last_blocks": (),
-            },
-            vocab_size=self.vocab_size,
-            text_length=self.text_length,
-            head=self.head,
-        )
+        return tower_of_texts(self, self.head)
+
+
+def tower_of_texts(config: Any, head: str) -> TextTowerConfig:
+    """The tower of texts of a model of pictures as a trunk of its own.
+
+    What ``config.text`` does not set is as in the trunk of pictures; ``config`` has ``vocab_size``
+    and ``text_length`` too.
+    """
+    shared = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrunkConfig)}
+    text: TextSizes = config.text
+    hidden = (text.ffn_hidden,) if text.ffn_hidden else config.ffn_hidden
+    return TextTowerConfig(
+        **shared
+        | {
+            "name": "text_tower",
+            "modalities": ("text",),
+            "num_layers": text.num_layers or config.num_layers,
+            "d_model": text.d_model or config.d_model,
+            "num_heads": text.num_heads or config.num_heads,
+            "ffn_hidden": hidden,
+            "block_pattern": text.block_pattern,
+            "first_blocks": (),
+            "last_blocks": (),
+        },
+        vocab_size=config.vocab_size,
+        text_length=config.text_length,
+        head=head,
+    )
 
 
 @MODEL_CONFIGS.register("limoe")

@@ -23,6 +23,9 @@ class ScoreConfig:
     """How a token's logits come about (moejax/routing/scores.py)."""
 
     name: str = "linear"
+    # What is scored: the "token", or what its row is told, all of it ("condition") or how noisy it
+    # is ("noise"); all tokens of a row then have the same logits.
+    input: str = "token"
     # A weight of its own for each modality.
     per_modality: bool = False
     # G_l = W x + W_g G_{l-1}: the logits of the layer before take part.
@@ -181,6 +184,8 @@ class MoEConfig:
             f"must be positive, got {self.capacity_factor}; model.moe.capacity=none drops nobody",
         )
         require(self.capacity_tau > 0, "model.moe.capacity_tau", "must be positive")
+        inputs = ("token", "condition", "noise")
+        require_one_of(self.score.input, inputs, "model.moe.score.input")
         require(0 <= self.score.jitter < 1, "model.moe.score.jitter", "must be in [0, 1)")
         decay = self.causal_router_decay
         require(0 <= decay < 1, "model.moe.causal_router_decay", "must be in [0, 1)")

@@ -13,6 +13,11 @@ from moejax.config.contrastive import PairConfig as PairConfig
 from moejax.config.contrastive import TwoTowersConfig as TwoTowersConfig
 from moejax.config.decoder import DecoderConfig as DecoderConfig
 from moejax.config.decoder import LatentConfig as LatentConfig
+from moejax.config.diffusion import Diffusion as Diffusion
+from moejax.config.diffusion import DiffusionConfig as DiffusionConfig
+from moejax.config.diffusion import TimeSampling as TimeSampling
+from moejax.config.dit import DiTConfig as DiTConfig
+from moejax.config.dit import check_denoiser
 from moejax.config.evaluation import ProbeConfig, RobustnessConfig
 from moejax.config.registry import MODEL_CONFIGS as MODEL_CONFIGS
 from moejax.config.registry import OBJECTIVE_CONFIGS as OBJECTIVE_CONFIGS
@@ -23,6 +28,7 @@ from moejax.config.trunk import TrunkConfig as TrunkConfig
 from moejax.config.trunk import UntieConfig as UntieConfig
 from moejax.config.vision import AugmentConfig as AugmentConfig
 from moejax.config.vision import ClassificationConfig as ClassificationConfig
+from moejax.config.vision import PatchesConfig as PatchesConfig
 from moejax.config.vision import ViTConfig as ViTConfig
 from moejax.config.vision import check_packed
 
@@ -127,6 +133,8 @@ class DataConfig:
     variants: int = 1
     text_tokenizer: str = "builtin:bpe4096"
     image_tokenizer: str = "builtin:fsq"
+    # Beside pictures come their latents, those of an image_tokenizer without codes.
+    latents: bool = False
     # What comes first in a sequence; "random" draws it for each record, the text so often.
     order: str = "random"
     text_first_share: float = 0.5
@@ -166,6 +174,11 @@ class DataConfig:
                 "data.sources",
                 f"{entry!r} is not (KIND:NAME, positive weight)",
             )
+        require(
+            not self.latents or (self.format != "tokens" and not self.image_sizes),
+            "data.latents",
+            "is of pictures (data.format=images or pairs) of one size",
+        )
         for name, default in (("sources", ()), ("variants", 1)):
             unused = self.format == "tokens" or getattr(self, name) == default
             require(unused, f"data.{name}", "needs data.format=tokens")
@@ -206,6 +219,11 @@ class TransfusionConfig:
             "objective.max_time_image_first",
             "must be in (0, 1]",
         )
+
+    @property
+    def diffusion(self) -> Diffusion:
+        """The process of the pictures."""
+        return Diffusion(self.process)
 
 
 @OBJECTIVE_CONFIGS.register("autoencode")
@@ -347,6 +365,12 @@ class Config:
             "data.format",
             f"objective {objective!r} needs tokens, got {self.data.format!r}",
         )
+        require(
+            self.data.format != "tokens" or objective != "diffusion",
+            "data.format",
+            "objective 'diffusion' needs images, or pairs of them and texts, got 'tokens'",
+        )
+        check_denoiser(self.data, self.model, self.objective)
         if hasattr(self.model, "latents"):
             continuous = self.model.latents.channels > 0
             require(
@@ -367,11 +391,12 @@ class Config:
 def _check_pairs(config: Config) -> None:
     """UserError unless data, model and objective all are about pairs, or none of them is."""
     pairs = isinstance(config.model, PairConfig)
+    told_texts = isinstance(config.model, DiTConfig) and config.model.text_length > 0
     require(
-        pairs == (config.data.format == "pairs"),
+        (pairs or told_texts) == (config.data.format == "pairs"),
         "data.format",
         f"{config.data.format!r} does not fit model {config.model.name!r}; models of pictures and "
-        "texts (two_towers, limoe) need 'pairs', and no others do",
+        "texts (two_towers, limoe; dit with model.text_length) need 'pairs', and no others do",
     )
     objective = config.objective.name
     require(

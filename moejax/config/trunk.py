@@ -28,6 +28,8 @@ class TrunkConfig:
 
     # Whether tokens are generated one after the other, so that none may depend on later ones.
     causal: ClassVar[bool] = True
+    # Whether blocks are told a condition of their row (nn/modulation.py).
+    modulated: ClassVar[bool] = False
 
     name: str = ""
     modalities: tuple[str, ...] = ()

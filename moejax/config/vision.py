@@ -1,4 +1,4 @@
-"""The vision transformer (models/vit.py), and what it is trained for, in a config."""
+"""Models of patches, the vision transformer, and what it is trained for, in a config."""
 
 import dataclasses
 from typing import ClassVar
@@ -11,30 +11,19 @@ POSITIONS = ("sincos", "learned", "rope")
 HEADS = ("class_token", "map", "mean")
 
 
-@MODEL_CONFIGS.register("vit")
 @dataclasses.dataclass(frozen=True)
-class ViTConfig(TrunkConfig):
-    """Vision transformer: the patches of a picture through blocks of any kind (models/vit.py)."""
+class PatchesConfig(TrunkConfig):
+    """A stack of blocks over the patches of square pictures, all of which see each other."""
 
     causal: ClassVar[bool] = False
     one_modality: ClassVar[bool] = True
 
-    name: str = "vit"
     modalities: tuple[str, ...] = ("image",)
     image_size: int = 32
     patch_size: int = 4
     # Where a patch lies: a fixed table of sines ("sincos") or a "learned" one, added to the
     # patches, or a rotation of queries and keys by row and column ("rope").
     positions: str = "sincos"
-    # Tokens without a patch that take part in attention and are thrown away at the end.
-    registers: int = 0
-    # What stands for the picture: a token of its own, the answer to one learned query ("map"), or
-    # the mean of the patches.
-    head: str = "mean"
-    # 0: the features of the picture are all that is asked for.
-    num_classes: int = 0
-    # Where the classes' biases begin: -log(classes) suits a sigmoid of each.
-    class_bias: float = 0.0
     block_pattern: tuple[str, ...] = ("dense",)
     norm_placement: str = "pre"
     qk_norm: str = "none"
@@ -42,15 +31,12 @@ class ViTConfig(TrunkConfig):
     def __post_init__(self):
         super().__post_init__()
         require_positive(self, "model", ("image_size", "patch_size"))
-        for name in ("registers", "num_classes"):
-            require(getattr(self, name) >= 0, f"model.{name}", "must not be negative")
         require(
             self.image_size % self.patch_size == 0,
             "model.patch_size",
             f"{self.patch_size} does not divide model.image_size={self.image_size}",
         )
         require_one_of(self.positions, POSITIONS, "model.positions")
-        require_one_of(self.head, HEADS, "model.head")
         require(
             self.positions != "sincos" or self.d_model % 4 == 0,
             "model.d_model",
@@ -76,6 +62,34 @@ class ViTConfig(TrunkConfig):
     def num_patches(self) -> int:
         rows, columns = self.grid
         return rows * columns
+
+    @property
+    def num_tokens(self) -> int:
+        """What the blocks run on."""
+        return self.num_patches
+
+
+@MODEL_CONFIGS.register("vit")
+@dataclasses.dataclass(frozen=True)
+class ViTConfig(PatchesConfig):
+    """Vision transformer: the patches of a picture through blocks of any kind (models/vit.py)."""
+
+    name: str = "vit"
+    # Tokens without a patch that take part in attention and are thrown away at the end.
+    registers: int = 0
+    # What stands for the picture: a token of its own, the answer to one learned query ("map"), or
+    # the mean of the patches.
+    head: str = "mean"
+    # 0: the features of the picture are all that is asked for.
+    num_classes: int = 0
+    # Where the classes' biases begin: -log(classes) suits a sigmoid of each.
+    class_bias: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("registers", "num_classes"):
+            require(getattr(self, name) >= 0, f"model.{name}", "must not be negative")
+        require_one_of(self.head, HEADS, "model.head")
 
     @property
     def num_tokens(self) -> int:

@@ -17,7 +17,8 @@ from moejax.errors import UserError
 def build_pipeline(config: Config, split: str, *, codec: ImageCodec | None = None) -> RowPipeline:
     """The pipeline of ``config.data`` over one split.
 
-    ``codec`` is the frozen image tokenizer, needed for token sequences with pictures.
+    ``codec`` is the frozen image tokenizer, needed for token sequences with pictures and for
+    ``data.latents``.
     Raises UserError for data that cannot be read or does not fit the model.
     """
     if config.data.sources:
@@ -37,9 +38,11 @@ def _of_source(config: Config, spec: str, split: str, codec: ImageCodec | None) 
     source = open_source(spec, split, config.data)
     if len(source) == 0:
         raise UserError(f"data.source={spec}: split {split!r} has no records")
+    if config.data.image_sizes:
+        return PackedImagePipeline(config, source)
     if config.data.format == "images":
-        return (PackedImagePipeline if config.data.image_sizes else ImagePipeline)(config, source)
+        return ImagePipeline(config, source, codec)
     if config.data.format == "pairs":
-        return PairPipeline(config, source)
+        return PairPipeline(config, source, codec)
     data = dataclasses.replace(config.data, source=spec, sources=())
     return TokenPipeline(dataclasses.replace(config, data=data), source, codec)

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from moejax.config.schema import Config
+from moejax.data.image_codes import ImageCodec
 from moejax.data.pipeline import Batch, ImagePipeline, recipe_hash
 from moejax.data.record_io import replace_file
 from moejax.data.sources import RecordSource
@@ -33,8 +34,8 @@ class PairPipeline(ImagePipeline):
     is not that of the data.
     """
 
-    def __init__(self, config: Config, source: RecordSource):
-        super().__init__(config, source)
+    def __init__(self, config: Config, source: RecordSource, codec: ImageCodec | None = None):
+        super().__init__(config, source, codec)
         if "text" not in source[0]:
             raise UserError(
                 f"data.source={source.name}: its records have no text, which data.format='pairs' "

@@ -4,12 +4,13 @@ import abc
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from moejax.config.schema import Config
+from moejax.data.image_codes import ImageCodec, image_codes
 from moejax.data.sources import RecordSource
 from moejax.errors import UserError
 
@@ -123,14 +124,15 @@ def recipe_hash(**parts) -> str:
 
 
 class ImagePipeline(RowPipeline):
-    """Pictures for an autoencoder or a classifier, reshuffled every epoch.
+    """Pictures for a model of pictures, reshuffled every epoch.
 
-    A row has the label of its record, -1 without one, and whether it may be mirrored.
+    A row has the label of its record, -1 without one, and whether it may be mirrored; with a
+    ``codec`` of latent vectors also ``latents`` f32 [rows, columns, z] of its grid.
 
-    Raises UserError if the source does not have the ``model.num_classes`` of a classifier.
+    Raises UserError if the source does not have the ``model.num_classes`` of a model of classes.
     """
 
-    def __init__(self, config: Config, source: RecordSource):
+    def __init__(self, config: Config, source: RecordSource, codec: ImageCodec | None = None):
         if "image" not in source[0]:
             raise UserError(
                 f"data.source={source.name}: its records are no single pictures, which "
@@ -141,7 +143,12 @@ class ImagePipeline(RowPipeline):
         self.training = source.split == "train"
         self._counts: np.ndarray | None = None
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
-        self.version = recipe_hash(source=source.version, seed=config.data.seed)
+        parts = {"source": source.version, "seed": config.data.seed}
+        self._latents: Callable[[int], np.ndarray | None] = lambda number: None
+        if codec is not None:
+            self._latents = image_codes(source, codec)
+            parts["codec"] = codec.version
+        self.version = recipe_hash(**parts)
 
     def _make_order(self, epoch: int) -> np.ndarray:
         if not self.training:
@@ -157,14 +164,18 @@ class ImagePipeline(RowPipeline):
 
     def record_row(self, number: int) -> Batch:
         """The row of record ``number`` of the source."""
-        record = self.source[number]
-        return {
+        record, latents = self.source[number], self._latents(number)
+        row = {
             "images": record["image"],
             "index": np.asarray(number, np.int32),
             "labels": np.asarray(record.get("label", -1), np.int32),
             "mirror": np.asarray(record.get("mirror", False)),
             "weights": np.asarray(1, np.float32),
         }
+        if latents is not None:
+            side = self.config.model.image_size
+            row["latents"] = latents[0].reshape(side, side, -1).astype(np.float32)
+        return row
 
     def label_counts(self, num_classes: int) -> np.ndarray:
         """How many records have each label [v]; those without one are not counted."""
@@ -185,7 +196,7 @@ def _check_classes(config: Config, source: RecordSource) -> None:
     if not found:
         raise UserError(f"data.source={source.name}: its records have no labels; choose another")
     if found > wanted or (categories and found != wanted):
-        field = "num_classes" if config.objective.name == "classification" else "task_classes"
+        field = "task_classes" if config.objective.name == "multitask" else "num_classes"
         raise UserError(
             f"model.{field}={wanted}: {source.name} has {found} classes; make the two equal"
         )
@@ -194,7 +205,7 @@ def _check_classes(config: Config, source: RecordSource) -> None:
 def _label_classes(config: Config) -> int:
     """How many labels the objective counts on; 0 if it does not read any."""
     model = config.model
-    if config.objective.name == "classification":
+    if config.objective.name in ("classification", "diffusion"):
         return model.num_classes
     if config.objective.name == "multitask":
         counts = dict(zip(model.modalities, model.task_classes, strict=True))

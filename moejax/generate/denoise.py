@@ -10,11 +10,13 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
+from moejax.config.diffusion import Diffusion
 from moejax.data.vocabulary import PATCH, Vocabulary
 from moejax.errors import UserError
 from moejax.generate.generate import pad_prompts, place_latents, prefill
 from moejax.generate.sampling import row_keys
-from moejax.ops import diffusion
+from moejax.ops.diffusion_times import time_grid
+from moejax.ops.samplers import guide, row_noise, sample
 from moejax.parallel.mesh import mesh_of
 
 # Latents have unit variance; a data point this far out is an error of the prediction.
@@ -34,13 +36,18 @@ class Denoising(struct.PyTreeNode):
     steps: int = struct.field(pytree_node=False, default=50)
     ancestral: bool = struct.field(pytree_node=False, default=False)
 
+    @property
+    def diffusion(self) -> Diffusion:
+        """The process with all its fields."""
+        return Diffusion(self.process)
+
 
 def check_denoising(denoising: Denoising) -> Denoising:
     """UserError naming the flag for a number of steps that cannot be; returns ``denoising``."""
     if denoising.steps < 1:
         raise UserError(f"--denoise-steps: must be positive, got {denoising.steps}")
     try:
-        diffusion.time_grid(denoising.process, denoising.steps)
+        time_grid(denoising.diffusion, denoising.steps)
     except ValueError as error:
         raise UserError(f"--denoise-steps: {error}") from error
     return denoising
@@ -120,21 +127,20 @@ def _denoise(
     shape = (latents.tokens_per_image, latents.size)
     capacity = tokens_bt.shape[1]
     _, cache = prefill(model, params, vocabulary, tokens_bt, length_b, capacity, latents_btz)
-    times_n = jnp.asarray(diffusion.time_grid(denoising.process, denoising.steps))
 
-    def draw(index):
-        return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, index), shape))(key_b)
+    def network(x_bpz: Array, time_b: Array) -> Array:
+        rows = predict(model, params, cache, jnp.repeat(x_bpz, branches, axis=0), time_b[0])
+        return guide(rows[::2], rows[1::2], guidance) if branches == 2 else rows
 
-    def one_step(index, x_bpz):
-        time, earlier = times_n[index], times_n[index + 1]
-        rows = predict(model, params, cache, jnp.repeat(x_bpz, branches, axis=0), time)
-        predicted = rows[::branches]
-        if branches == 2:
-            predicted += (guidance - 1.0) * (predicted - rows[1::2])
-        noise = draw(index + 1) if denoising.ancestral else None
-        return diffusion.step(denoising.process, x_bpz, predicted, time, earlier, noise, clip=_CLIP)
-
-    return jax.lax.fori_loop(0, denoising.steps, one_step, draw(0))
+    return sample(
+        denoising.diffusion,
+        "ddpm" if denoising.ancestral else "ddim",
+        network,
+        row_noise(key_b, 0, shape),
+        time_grid(denoising.diffusion, denoising.steps),
+        key_b,
+        clip=_CLIP,
+    ).final
 
 
 def predict(model, params, cache, x_bpz: Array, time: Array) -> Array:

@@ -3,6 +3,7 @@
 from moejax.config.schema import Config
 from moejax.models import autoencoder as _autoencoder
 from moejax.models import decoder as _decoder
+from moejax.models import dit as _dit
 from moejax.models import limoe as _limoe
 from moejax.models import task_vit as _task_vit
 from moejax.models import two_towers as _two_towers

@@ -17,16 +17,16 @@ from moejax import axes
 from moejax.config.checks import require
 from moejax.config.schema import ViTConfig
 from moejax.errors import UserError
-from moejax.models.autoencoder import CHANNELS, to_signed
+from moejax.models.autoencoder import to_signed
+from moejax.models.patches import PatchModel
 from moejax.models.registry import MODELS
 from moejax.nn.block import check_blocks
 from moejax.nn.context import Context
-from moejax.nn.layers import Norm, compute_dtype, fan_in_normal, param_dtype, partitioned
+from moejax.nn.layers import Norm, compute_dtype, param_dtype, partitioned
 from moejax.nn.pooling import MapHead
 from moejax.nn.stack import Stack
 from moejax.ops.attention import multimodal_mask
 from moejax.ops.patchify import patchify
-from moejax.ops.positions import grid_positions, sincos_table
 from moejax.parallel.local import constrain_tokens
 
 
@@ -65,7 +65,7 @@ class Rows(NamedTuple):
     kept: jax.Array
 
 
-class ViT(nn.Module):
+class ViT(PatchModel):
     """See the module docstring."""
 
     config: ViTConfig
@@ -132,7 +132,7 @@ class ViT(nn.Module):
                 "(data.image_size); make the two equal"
             )
         shape = (len(images), cfg.num_patches)
-        places = jnp.broadcast_to(jnp.asarray(grid_positions(*cfg.grid))[None], (*shape, 2))
+        places = jnp.broadcast_to(self._places()[None], (*shape, 2))
         kept = jnp.ones((len(images), 1), bool)
         if weights is not None:
             kept = (jnp.asarray(weights) > 0)[:, None]
@@ -146,30 +146,20 @@ class ViT(nn.Module):
     def _embed_rows(self, rows: Rows, packed: bool) -> jax.Array:
         """Tokens [b, t, d]: a class token and registers for each picture, patches with places."""
         cfg, dtype = self.config, compute_dtype(self.config)
-        d, pixels = cfg.d_model, cfg.patch_size**2 * CHANNELS
-        weight = partitioned(fan_in_normal((0,)), None, axes.EMBED)
-        patch_fd = self.param("patch_fd", weight, (pixels, d), param_dtype(cfg))
-        zeros = partitioned(nn.initializers.zeros, axes.EMBED)
-        bias_d = self.param("patch_bias_d", zeros, (d,), param_dtype(cfg))
-        x_bpf = to_signed(rows.pixels).astype(dtype)
-        x_bpd = jnp.einsum("bpf,fd->bpd", x_bpf, patch_fd.astype(dtype))
-        x_bpd = x_bpd + bias_d.astype(dtype)[None, None]
-        drawn = partitioned(nn.initializers.normal(0.02), None, axes.EMBED)
-        table = lambda name, count: self.param(name, drawn, (count, d), param_dtype(cfg))
-        if cfg.positions == "learned":
-            if packed:
-                raise UserError(
-                    "model.positions: 'learned' places are those of one grid, and the pictures of "
-                    "a row have several; use 'sincos' or 'rope'"
-                )
-            x_bpd = x_bpd + table("position_pd", cfg.num_patches).astype(dtype)[None]
-        elif cfg.positions == "sincos":
-            places = jnp.asarray(sincos_table(grid_positions(*cfg.grid), d), dtype)
-            if packed:
-                places = places[rows.places[..., 0] * cfg.grid[1] + rows.places[..., 1]]
-            x_bpd = x_bpd + (places if packed else places[None])
-        first = [table("class_token_td", 1)] if cfg.head == "class_token" else []
-        first += [table("register_td", cfg.registers)] if cfg.registers else []
+        if packed and cfg.positions == "learned":
+            raise UserError(
+                "model.positions: 'learned' places are those of one grid, and the pictures of "
+                "a row have several; use 'sincos' or 'rope'"
+            )
+        x_bpd = self._project(to_signed(rows.pixels))
+        vectors_pd = self._place_vectors()
+        if vectors_pd is not None and packed:
+            number_bp = rows.places[..., 0] * cfg.grid[1] + rows.places[..., 1]
+            x_bpd = x_bpd + vectors_pd[number_bp]
+        elif vectors_pd is not None:
+            x_bpd = x_bpd + vectors_pd[None]
+        first = [self._table("class_token_td", 1)] if cfg.head == "class_token" else []
+        first += [self._table("register_td", cfg.registers)] if cfg.registers else []
         images = rows.kept.shape[1]
         each = [jnp.tile(x.astype(dtype), (images, 1))[None] for x in first]
         each = [jnp.broadcast_to(x, (len(x_bpd), *x.shape[1:])) for x in each]

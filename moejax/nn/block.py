@@ -12,11 +12,13 @@ import dataclasses
 import flax.linen as nn
 import jax
 
+from moejax.config.checks import require
 from moejax.config.registry import Registry
 from moejax.config.trunk import AROUND_OTHERS, TrunkConfig, UntieConfig
 from moejax.nn.attention import Attention
 from moejax.nn.context import Context
 from moejax.nn.layers import FeedForward, Norm, param_dtype
+from moejax.nn.modulation import Modulation, modulate
 from moejax.nn.moe import MoE
 from moejax.nn.moe_checks import check_moe
 
@@ -28,7 +30,8 @@ class TransformerBlock(nn.Module):
     """Attention and a feed-forward layer or one of experts, with residuals; shared or per modality.
 
     ``norm_placement``: "post_branch" is ``x + norm(f(x))`` (arXiv 2411.04996 eq. 3; Chameleon
-    34B), "pre" is ``x + f(norm(x))``.
+    34B), "pre" is ``x + f(norm(x))``. In models with a condition ("pre" alone) norms have no scale
+    of their own and it is as moejax/nn/modulation.py says.
     """
 
     config: TrunkConfig
@@ -41,6 +44,10 @@ class TransformerBlock(nn.Module):
         num = len(cfg.modalities)
         attention = Attention(cfg, self.untie, name="attention")
         rows, aux = {}, {}
+        vectors = []
+        if cfg.modulated:
+            assert ctx.condition_bd is not None, "the model puts its condition into the context"
+            vectors = Modulation(cfg, 6, name="modulation")(ctx.condition_bd, x_btd.dtype)
 
         def attention_branch(x):
             cache, given = layer_state.get("cache"), layer_state.get("given")
@@ -53,23 +60,28 @@ class TransformerBlock(nn.Module):
             out, carry, aux["moe"] = moe(x, carry, ctx)
             return out
 
-        x_btd = self._residual("attention_norm", x_btd, attention_branch, ctx, 0)
+        x_btd = self._residual("attention_norm", x_btd, attention_branch, ctx, 0, vectors[:3])
         if self.experts:
             moe = MoE(cfg, name="moe")
             ffn_branch = expert_branch
         else:
             ffn = FeedForward(cfg, num if self.untie.ffn else 1, cfg.ffn_hidden, name="ffn")
             ffn_branch = lambda x: ffn(x, ctx)
-        x_btd = self._residual("ffn_norm", x_btd, ffn_branch, ctx, 1, ctx.ffn_gate_bt)
+        gate = ctx.ffn_gate_bt
+        x_btd = self._residual("ffn_norm", x_btd, ffn_branch, ctx, 1, vectors[3:], gate)
         return x_btd, carry, {"cache": rows}, aux
 
-    def _residual(self, name: str, x_btd: jax.Array, branch, ctx: Context, index: int, gate=None):
+    def _residual(
+        self, name: str, x_btd: jax.Array, branch, ctx: Context, index: int, vectors, gate=None
+    ):
         cfg = self.config
-        norm = make_norm(cfg, self.untie, name)
-        if cfg.norm_placement == "pre":
-            out = branch(norm(x_btd, ctx.modality_bt))
+        if vectors:
+            shift, scale, strength = vectors
+            out = strength * branch(modulate(cfg, x_btd, shift, scale))
+        elif cfg.norm_placement == "pre":
+            out = branch(make_norm(cfg, self.untie, name)(x_btd, ctx.modality_bt))
         else:
-            out = norm(branch(x_btd), ctx.modality_bt)
+            out = make_norm(cfg, self.untie, name)(branch(x_btd), ctx.modality_bt)
         if gate is not None:
             out = out * gate[..., None].astype(out.dtype)
         return x_btd + _dropout(out, cfg.dropout, ctx, index)
@@ -141,6 +153,11 @@ def moe_block(config: TrunkConfig, name: str) -> nn.Module:
 @BLOCKS.register("shortcut_moe")
 def shortcut_moe_block(config: TrunkConfig, name: str) -> nn.Module:
     """Two attentions, two dense layers and experts beside them (``model.moe``)."""
+    require(
+        not config.modulated,
+        "model.block_pattern",
+        f"'shortcut_moe' has no place for the condition of model {config.name!r}; use 'moe'",
+    )
     check_moe(config)
     return ShortcutBlock(config, config.untie, name=name)
 

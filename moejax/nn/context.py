@@ -18,14 +18,15 @@ class Context(struct.PyTreeNode):
     the stack; None when nothing is random. ``step`` is that of the training run, or None. ``pool``
     holds the weights of experts that several layers share, of which this is number ``pool_index``;
     ``depth_router`` those of a router of all blocks that skip tokens. ``ffn_gate_bt`` multiplies
-    what a block's feed-forward branch adds. With ``record``, blocks give what they decided for each
-    token in their aux, and queries beside their keys; with ``keep_rows`` keys and values, in
-    training too. ``layer`` is the number of the block; ``row_length`` how many tokens a row is
-    going to have, where these are the first of it; ``place_bc`` where in the row the tokens stand,
-    if their keys replace given ones. In decoding ``stored`` has the parameters of a block, stacked
-    with those of the other layers of its segment, of which it is number ``repeats`` (of segments
-    inside of segments one number each): what skips a block need not read them. ``skippable`` layers
-    are not run at all where no token is valid.
+    what a block's feed-forward branch adds. ``condition_bd`` is what a row is told beside its
+    tokens, of which ``noise_bd`` is how noisy they are; None for models that are told nothing. With
+    ``record``, blocks give what they decided for each token in their aux, and queries beside their
+    keys; with ``keep_rows`` keys and values, in training too. ``layer`` is the number of the block;
+    ``row_length`` how many tokens a row is going to have, where these are the first of it;
+    ``place_bc`` where in the row the tokens stand, if their keys replace given ones. In decoding
+    ``stored`` has the parameters of a block, stacked with those of the other layers of its segment,
+    of which it is number ``repeats`` (of segments inside of segments one number each): what skips a
+    block need not read them. ``skippable`` layers are not run at all where no token is valid.
     """
 
     tokens_bt: jax.Array
@@ -39,6 +40,8 @@ class Context(struct.PyTreeNode):
     rng: jax.Array | None
     step: jax.Array | None = None
     ffn_gate_bt: jax.Array | None = None
+    condition_bd: jax.Array | None = None
+    noise_bd: jax.Array | None = None
     place_bc: jax.Array | None = None
     depth_router: Any = None
     pool: Any = None

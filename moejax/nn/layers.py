@@ -72,10 +72,9 @@ class Norm(nn.Module):
         scale_md = self.param(
             "scale_md", partitioned(nn.initializers.ones, *names), shape, self.param_dtype
         )
-        normalise = norms.rms_normalise if self.kind == "rms" else norms.layer_normalise
         scale = norms.select_by_modality(scale_md, modality_bt)
         scale = scale.reshape(*scale.shape[:2], *(1,) * (x.ndim - 3), x.shape[-1])
-        return (normalise(x, self.eps) * scale).astype(x.dtype)
+        return (norms.normalise(self.kind, x, self.eps) * scale).astype(x.dtype)
 
 
 def modality_layout_of(config: TrunkConfig, modality_bt: jax.Array):

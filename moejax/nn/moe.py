@@ -292,7 +292,7 @@ class Routing(nn.Module):
         groups = b // moe.routing_group if moe.routing_group and b % moe.routing_group == 0 else 1
 
         previous = carry.get("router_logits")
-        rng, seen = ctx.rng, group(x_btd)
+        rng, seen = ctx.rng, group(self._seen(x_btd, ctx))
         if moe.score.jitter and ctx.train and rng is not None:
             seen = jitter(jax.random.fold_in(rng, _DRAW), seen, moe.score.jitter)
         scored = columns - moe.unscored_experts
@@ -335,6 +335,15 @@ class Routing(nn.Module):
             policy = moe.capacity if ctx.train else moe.eval_capacity or moe.capacity
             plan = limit_capacity(plan, inputs, places, policy, rng, renormalise=again)
         return plan, inputs, carry
+
+    def _seen(self, x_btd, ctx: Context) -> jax.Array:
+        """What is scored: the tokens, or for each of them what its row is told."""
+        which = self.config.moe.score.input
+        if which == "token":
+            return x_btd
+        told_bd = ctx.condition_bd if which == "condition" else ctx.noise_bd
+        assert told_bd is not None, "the model puts its condition into the context"
+        return jnp.broadcast_to(told_bd[:, None], x_btd.shape)
 
     def _score(self, x_snd, modality_sn, previous_bte, columns: int, group, ctx: Context):
         cfg, moe = self.config, self.config.moe

@@ -26,6 +26,16 @@ def check_moe(config: TrunkConfig) -> None:
     check_router(moe.router.name, router_options(moe), choices, causal_model=config.causal)
     check_score(moe.score.name, moe.score.options)
     require(
+        moe.score.input == "token" or config.modulated,
+        "model.moe.score.input",
+        f"{moe.score.input!r} is what a model with a condition tells its rows (dit); use 'token'",
+    )
+    require(
+        moe.score.input == "token" or moe.score.name != "attributes",
+        "model.moe.score.input",
+        "is 'token' for the score 'attributes', which sees the modality alone",
+    )
+    require(
         "attributes" not in moe.score.options,
         "model.moe.score.options.attributes",
         "is the number of modalities; leave it out",

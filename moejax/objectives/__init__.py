@@ -4,6 +4,7 @@ from moejax.config.schema import Config
 from moejax.objectives import autoencode as _autoencode
 from moejax.objectives import classification as _classification
 from moejax.objectives import contrastive as _contrastive
+from moejax.objectives import diffusion as _diffusion
 from moejax.objectives import multitask as _multitask
 from moejax.objectives import next_token as _next_token
 from moejax.objectives import transfusion as _transfusion

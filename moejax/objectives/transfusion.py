@@ -8,7 +8,7 @@ from moejax.config.schema import DecoderConfig, TransfusionConfig
 from moejax.data.vocabulary import BOI, NUM_SPECIAL
 from moejax.objectives.base import OBJECTIVES, LossSums, Objective
 from moejax.objectives.next_token import by_source, token_losses
-from moejax.ops import diffusion
+from moejax.ops import diffusion, diffusion_times
 from moejax.ops.pictures import max_pictures, per_token, picture_starts
 
 
@@ -25,21 +25,21 @@ def add_picture_noise(batch: dict, rng: Array, config: TransfusionConfig, patche
       ``batch`` with ``latents`` noisy, ``times`` [b, t] and ``denoise_target`` [b, t, z] added.
     """
     batch = jax.tree.map(jnp.asarray, batch)
-    latents, image_id = batch["latents"], batch["image_id"]
+    latents, image_id, process = batch["latents"], batch["image_id"], config.diffusion
     time_rng, noise_rng = jax.random.split(rng)
     b, t = image_id.shape
     start_bi = picture_starts(image_id, max_pictures(t, patches))
     # A picture that opens its segment stands after BOS and BOI.
     opening = jnp.take_along_axis(batch["positions"], jnp.minimum(start_bi, t - 1), axis=1) == 2
     cap_bi = jnp.where(opening, config.max_time_image_first, 1.0)
-    times_bi = diffusion.sample_times(config.process, time_rng, start_bi.shape, max_time=cap_bi)
+    times_bi = diffusion_times.sample_times(process, time_rng, start_bi.shape, max_time=cap_bi)
     times = per_token(times_bi, image_id)
     noise = jax.random.normal(noise_rng, latents.shape, latents.dtype)
     return {
         **batch,
-        "latents": diffusion.add_noise(config.process, latents, noise, times),
+        "latents": diffusion.add_noise(process, latents, noise, times),
         "times": times,
-        "denoise_target": diffusion.target(config.process, latents, noise),
+        "denoise_target": diffusion.target(process, latents, noise, times),
     }
 
 

@@ -1,184 +1,261 @@
-"""Gaussian diffusion and rectified flow of continuous latents, under one convention of time.
+"""Diffusion of continuous data: noise, what a network sees and predicts, and its training loss.
 
-``t`` is a float in [0, 1]: at 0 there is only data, at 1 only noise, and
-``x_t = a(t) x0 + b(t) eps``. Both processes have their functions here, chosen by name:
+A process (:class:`~moejax.config.diffusion.Diffusion`) mixes data and noise at a time t, at which
+``x_t = a(t) x0 + b(t) eps``:
 
-* ``"ddpm"``: the model predicts ``eps``; the cosine schedule (arXiv 2102.09672, section 3.2) on
-  1,000 discrete steps, as Transfusion has it (arXiv 2408.11039).
-* ``"flow"``: rectified flow, ``x_t = (1 - t) x0 + t eps``; the model predicts ``eps - x0``.
+* ``"flow"``: rectified flow, ``a = 1 - t`` and ``b = t``;
+* ``"ddpm"``: ``a^2 + b^2 = 1`` on 1,000 discrete steps, by the cosine schedule (arXiv 2102.09672,
+  section 3.2; Transfusion's) or the linear one (arXiv 2006.11239, section 4; DiT's);
+* ``"edm"``: ``a = 1`` and ``b = t``, the noise level sigma (arXiv 2206.00364).
 
-Elsewhere: DDPM papers count steps ``i = 1..T`` in the same direction, so ``t = i / T``. Stable
-Diffusion 3 and BAGEL have this direction for the flow. Rectified flow and flow matching
-(arXiv 2209.03003, 2210.02747) and lucidrains/transfusion-pytorch run from noise at 0 to data at 1:
-their time is ``1 - t`` and their target ``x0 - eps``, the negative of the one here.
+**Time has one direction here**: at 0 there is only data, and the noise grows with t, up to 1 (of
+"edm" up to ``sigma_max``). Papers differ, and a network may see another number
+(:func:`network_input`): with ``direction="to_data"`` it is ``1 - t``, from noise at 0 to data at 1,
+and the velocity has the other sign (arXiv 2209.03003, 2210.02747, SiT); Stable Diffusion 3, BAGEL
+and DiT-MoE have the direction of this module. DDPM papers count steps ``i = 1..T``: ``t = i / T``.
+
+**A prediction** is a linear mixture of x0 and eps, from which both follow (:func:`implied`):
+
+* ``"eps"`` and ``"x0"``;
+* ``"velocity"``: the slope of the path. Of "flow" in time, ``eps - x0``; of "ddpm" in the angle
+  ``atan2(b, a)``, ``a eps - b x0``, which is the v of arXiv 2202.00512;
+* ``"preconditioned"``: EDM's, ``x0 = c_skip x_t + c_out prediction``. Of data and noise both of
+  unit variance (x0 / sigma_data, and ``c_in x_t``) it is the negative of that v.
+
+The loss is the squared error of the prediction whatever it is: for "preconditioned" this is EDM's
+weighted error of the data, since its weight times ``c_out^2`` is 1 (table 1 there).
 
 ``t`` has any leading axes of the latents and is broadcast over the others: [b] or [b, t] for
 latents [b, t, z]. Results have the dtype of the latents, which should be float32 or wider.
 """
 
-import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jax.scipy.stats import norm
+from jaxtyping import Array, Float
 
-from moejax.config.registry import Registry
+from moejax.config.diffusion import Diffusion
 
 # Steps of the discrete process.
 TIMESTEPS = 1000
 _OFFSET = 0.008
 _MAX_BETA = 0.999
+_FIRST_BETA, _LAST_BETA = 1e-4, 0.02
+# Half the distance of two values of a picture, uint8 in [-1, 1].
+_HALF_BIN = 1 / 255
 
 
-class Process(NamedTuple):
-    """What sets one process apart from another.
+class Path(NamedTuple):
+    """``x_t = a x0 + b eps`` at a time, and its slope ``da x0 + db eps`` in :func:`clock`."""
 
-    Attributes:
-      coefficients: t -> (a, b), of the same shape, in float32.
-      target: (x0, eps) -> what the model is trained to predict.
-      parts: (x_t, prediction, a, b) -> (x0, eps) that the prediction implies.
-      levels: number of discrete times above 0 that t is rounded to; 0 if it is continuous.
+    a: Array
+    b: Array
+    da: Array
+    db: Array
+
+
+def path(diffusion: Diffusion, t: Float[Array, "..."], like: Float[Array, "..."]) -> Path:
+    """The coefficients at t, with the rank and the dtype of ``like``."""
+    wide = t.astype(jnp.float32)
+    one = jnp.ones_like(wide)
+    if diffusion.process == "flow":
+        found = Path(1 - wide, wide, -one, one)
+    elif diffusion.process == "edm":
+        found = Path(one, wide, 0 * one, one)
+    else:
+        index = jnp.round(wide * TIMESTEPS).astype(jnp.int32)
+        tables = noise_schedule(diffusion.schedule)
+        a, b = (jnp.asarray(values, jnp.float32)[index] for values in tables)
+        found = Path(a, b, -b, a)
+    shape = t.shape + (1,) * (like.ndim - t.ndim)
+    return Path(*(value.reshape(shape).astype(like.dtype) for value in found))
+
+
+def clock(diffusion: Diffusion, t: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The time in which the slope of :class:`Path` is one: t, of "ddpm" the angle of (a, b)."""
+    if diffusion.process != "ddpm":
+        return t
+    a, b, *_ = path(diffusion, t, t)
+    return jnp.arctan2(b, a)
+
+
+@functools.cache
+def noise_schedule(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """``(sqrt(abar), sqrt(1 - abar))`` at steps 0..1000, in float64.
+
+    ``abar_i`` is the product of ``1 - beta``. "cosine": ``beta_i = min(1 - f(i) / f(i - 1), 0.999)``
+    with ``f(i) = cos((i / T + s) / (1 + s) * pi / 2)^2``, s = 0.008 (arXiv 2102.09672, equation
+    17). "linear": beta from 1e-4 to 0.02 in equal steps (arXiv 2006.11239, section 4).
     """
-
-    coefficients: Callable[[Array], tuple[Array, Array]]
-    target: Callable[[Array, Array], Array]
-    parts: Callable[[Array, Array, Array, Array], tuple[Array, Array]]
-    levels: int = 0
-
-
-PROCESSES: Registry[Process] = Registry("diffusion process")
-
-
-@dataclasses.dataclass(frozen=True)
-class TimeSampling:
-    """How training draws t.
-
-    ``uniform``, or ``logit_normal``: ``sigmoid(mean + std * normal)`` (arXiv 2403.03206, section
-    3.1). Then ``t' = shift * t / (1 + (shift - 1) t)``: a shift above 1 favours noisy times.
-    """
-
-    distribution: str = "uniform"
-    mean: float = 0.0
-    std: float = 1.0
-    shift: float = 1.0
+    if name == "cosine":
+        index = np.arange(TIMESTEPS + 1)
+        f = np.square(np.cos((index / TIMESTEPS + _OFFSET) / (1 + _OFFSET) * np.pi / 2))
+        beta = np.minimum(1 - f[1:] / f[:-1], _MAX_BETA)
+    else:
+        beta = np.linspace(_FIRST_BETA, _LAST_BETA, TIMESTEPS)
+    abar = np.concatenate([[1.0], np.cumprod(1 - beta)])
+    return np.sqrt(abar), np.sqrt(1 - abar)
 
 
 def add_noise(
-    process: str, x0: Float[Array, "..."], eps: Float[Array, "..."], t: Float[Array, "..."]
+    diffusion: Diffusion,
+    x0: Float[Array, "..."],
+    eps: Float[Array, "..."],
+    t: Float[Array, "..."],
 ) -> Float[Array, "..."]:
     """``a(t) x0 + b(t) eps``; at t = 0 exactly ``x0``."""
-    a, b = _coefficients(process, t, x0)
+    a, b, *_ = path(diffusion, t, x0)
     return a * x0 + b * eps
 
 
-def target(process: str, x0: Float[Array, "..."], eps: Float[Array, "..."]) -> Float[Array, "..."]:
-    """What the model is trained to predict from ``x_t``, the same at every t."""
-    return PROCESSES.get(process).target(x0, eps)
+def network_input(
+    diffusion: Diffusion, x_t: Float[Array, "..."], t: Float[Array, "..."]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+    """(what the network reads, the number that tells it the time).
+
+    Of "flow" and "ddpm" x_t itself and t, or ``1 - t`` with ``direction="to_data"``. Of "edm"
+    ``c_in x_t`` and ``c_noise = log(sigma) / 4``. A network embeds the number as it is given, by
+    :func:`timestep_embedding`, whatever the process. DiT counts its steps from 0, one less than
+    ``1000 t``.
+    """
+    if diffusion.process == "edm":
+        return x_t / _total(diffusion, t, x_t), jnp.log(t) / 4
+    return x_t, 1 - t if diffusion.direction == "to_data" else t
 
 
-def predict_x0(
-    process: str,
-    x_t: Float[Array, "..."],
-    prediction: Float[Array, "..."],
+def target(
+    diffusion: Diffusion,
+    x0: Float[Array, "..."],
+    eps: Float[Array, "..."],
     t: Float[Array, "..."],
 ) -> Float[Array, "..."]:
-    """The data that the model's prediction implies.
+    """What the network is trained to predict at t."""
+    if diffusion.predicts == "eps":
+        return eps
+    if diffusion.predicts == "x0":
+        return x0
+    _, b, da, db = path(diffusion, t, x0)
+    if diffusion.predicts == "velocity":
+        return _sign(diffusion) * (da * x0 + db * eps)
+    total = _total(diffusion, t, x0)
+    return b / total * (x0 / diffusion.sigma_data) - diffusion.sigma_data / total * eps
 
-    For "ddpm" it divides by ``a(t)``, which falls to 5e-5 at t = 1: errors of the prediction grow
-    by as much.
+
+def implied(
+    diffusion: Diffusion,
+    x_t: Float[Array, "... z"],
+    output: Float[Array, "... c"],
+    t: Float[Array, "..."],
+) -> tuple[Float[Array, "... z"], Float[Array, "... z"]]:
+    """(x0, eps) that the network's raw output implies.
+
+    Channels of the output beyond those of ``x_t`` are no prediction, and are not read.
+
+    From "eps" x0 is its error times ``b / a``, which grows to 20,000 at t = 1 of the cosine schedule
+    and to 160 of the linear one.
     """
-    return PROCESSES.get(process).parts(x_t, prediction, *_coefficients(process, t, x_t))[0]
+    prediction = output[..., : x_t.shape[-1]]
+    a, b, da, db = path(diffusion, t, x_t)
+    if diffusion.predicts == "eps":
+        return (x_t - b * prediction) / a, prediction
+    if diffusion.predicts == "x0":
+        return prediction, (x_t - a * prediction) / b
+    if diffusion.predicts == "velocity":
+        # The matrix (a, b; da, db) has determinant 1 in both processes.
+        velocity = _sign(diffusion) * prediction
+        return db * x_t - b * velocity, a * velocity - da * x_t
+    total = _total(diffusion, t, x_t)
+    scaled, cos, sin = x_t / total, diffusion.sigma_data / total, b / total
+    x0 = diffusion.sigma_data * (cos * scaled + sin * prediction)
+    return x0, sin * scaled - cos * prediction
 
 
-def step(
-    process: str,
-    x_t: Float[Array, "..."],
-    prediction: Float[Array, "..."],
+def losses(
+    diffusion: Diffusion,
+    output: Float[Array, "b *rest c"],
+    x0: Float[Array, "b *rest z"],
+    eps: Float[Array, "b *rest z"],
+    t: Float[Array, " b"],
+) -> dict[str, Float[Array, " b"]]:
+    """The training losses of each example, each a mean over its numbers; their sum is trained.
+
+    ``error``: the squared error of the prediction. With ``learned_range`` also ``bound``: bits of
+    the variational bound's term at t, as a function of the variance alone.
+
+    Raises ValueError if the output has fewer channels than the process asks for.
+    """
+    z = x0.shape[-1]
+    if output.shape[-1] < z * (1 + diffusion.learned_range):
+        raise ValueError(
+            f"an output of {output.shape[-1]} channels for data of {z}"
+            + (", and as many for the learned range" if diffusion.learned_range else "")
+        )
+    examples = lambda values: values.reshape(len(values), -1).mean(axis=1)
+    difference = output[..., :z] - target(diffusion, x0, eps, t)
+    found = {"error": examples(jnp.square(difference))}
+    if diffusion.learned_range:
+        found["bound"] = examples(variational_bound(diffusion, output, x0, eps, t))
+    return found
+
+
+def kept_noise(at_t: Path, at_s: Path) -> Array:
+    """The share of the noise at s that is the noise at t, in ``q(x_s | x_t, x0)``.
+
+    Its mean is ``a_s x0 + b_s kept eps`` and its variance ``b_s^2 (1 - kept^2)`` (arXiv 2006.11239,
+    equation 7, for any s < t of any process).
+    """
+    return at_t.a * at_s.b / (at_s.a * at_t.b)
+
+
+def learned_log_variance(
+    diffusion: Diffusion,
+    output: Float[Array, "... c"],
     t: Float[Array, "..."],
     s: Float[Array, "..."],
-    noise: Float[Array, "..."] | None = None,
-    clip: float | None = None,
-) -> Float[Array, "..."]:
-    """One sampler step from t to s < t, however far apart the two are.
+) -> Float[Array, "... z"]:
+    """The logarithm of the variance of ``p(x_s | x_t)`` that the output's second half says.
 
-    Without ``noise`` the deterministic one: for "ddpm" DDIM with eta = 0 (arXiv 2010.02502,
-    equation 12), for "flow" Euler, ``x_t + (s - t) prediction``. With ``noise`` (standard normal)
-    the sample of ``q(x_s | x_t, x0)``: for "ddpm" ancestral sampling with the posterior variance
-    (arXiv 2006.11239, equation 7). At s = 0 both are the implied x0.
-
-    Args:
-      clip: bound of the absolute value of the implied x0, in units of the latents. An imperfect
-        "ddpm" prediction needs it (4 is ample for latents of unit variance), since the implied x0
-        is very large near t = 1.
+    It says where between the two bounds, as -1 to 1: the variance of ``q(x_s | x_t, x0)``, and
+    that of ``q(x_t | x_s)`` (arXiv 2102.09672, equation 15).
     """
-    a_t, b_t = _coefficients(process, t, x_t)
-    a_s, b_s = _coefficients(process, s, x_t)
-    x0, eps = PROCESSES.get(process).parts(x_t, prediction, a_t, b_t)
-    if clip is not None:
-        x0 = jnp.clip(x0, -clip, clip)
-        eps = (x_t - a_t * x0) / b_t
-    if noise is not None:
-        # The share of the noise at s that is the noise at t, for the variance of the posterior
-        # to be b_s^2 (1 - kept^2).
-        kept = a_t * b_s / (a_s * b_t)
-        eps = kept * eps + jnp.sqrt(jnp.maximum(1 - jnp.square(kept), 0)) * noise
-    return a_s * x0 + b_s * eps
+    share = (output[..., output.shape[-1] // 2 :] + 1) / 2
+    at_t, at_s = path(diffusion, t, output), path(diffusion, s, output)
+    high = jnp.log(_step_variance(at_t, at_s))
+    return share * high + (1 - share) * _log_posterior_variance(diffusion, t, s, output)
 
 
-def time_grid(process: str, steps: int, shift: float = 1.0) -> Float[np.ndarray, " n"]:
-    """The ``steps + 1`` times of a sampler, from 1 down to 0, evenly spread before the shift.
+def variational_bound(
+    diffusion: Diffusion,
+    output: Float[Array, "... c"],
+    x0: Float[Array, "... z"],
+    eps: Float[Array, "... z"],
+    t: Float[Array, "..."],
+) -> Float[Array, "... z"]:
+    """Bits of the term of the variational bound at t, of each number (arXiv 2102.09672, eq. 4-6).
 
-    The shift is that of :class:`TimeSampling`. Raises ValueError if the discrete process has not
-    so many times.
+    The divergence of the model's step from ``q(x_s | x_t, x0)``, s one step before t; at s = 0 the
+    code length of the data in bins of a picture's values (arXiv 2006.11239, equation 13), as DiT
+    has it for latents too. The mean gets no gradient. The authors' code takes bits, and T times
+    their lambda of 0.001 is 1.
     """
-    times = _shifted(np.linspace(1.0, 0.0, steps + 1), shift)
-    levels = PROCESSES.get(process).levels
-    if levels:
-        index = np.rint(times * levels)
-        if np.any(np.diff(index) >= 0):
-            raise ValueError(
-                f"{process} has {levels} discrete times, which cannot give {steps} different "
-                f"steps with shift {shift}"
-            )
-        times = index / levels
-    return times.astype(np.float32)
-
-
-def sample_times(
-    process: str,
-    rng: Key[Array, ""],
-    shape: tuple[int, ...],
-    options: TimeSampling | None = None,
-    max_time: Any = 1.0,
-) -> Float[Array, "..."]:
-    """Times in (0, 1] to train at, float32; for "ddpm" one of i / 1000 for i in 1..1000.
-
-    0 is never drawn: it is left to mark clean latents.
-
-    Args:
-      shape: of the result.
-      options: the distribution; by default uniform.
-      max_time: largest time, a number or an array that broadcasts to ``shape``; times are scaled
-        to (0, max_time]. Transfusion caps pictures that come before their caption at 0.5.
-    """
-    options = options or TimeSampling()
-    if options.distribution == "uniform":
-        t = 1.0 - jax.random.uniform(rng, shape, jnp.float32)
-    elif options.distribution == "logit_normal":
-        normal = jax.random.normal(rng, shape, jnp.float32)
-        t = jax.nn.sigmoid(options.mean + options.std * normal)
-    else:
-        raise ValueError(f"no distribution of times {options.distribution!r}")
-    t = _shifted(t, options.shift) * jnp.broadcast_to(jnp.asarray(max_time, jnp.float32), shape)
-    levels = PROCESSES.get(process).levels
-    if levels:
-        return jnp.maximum(jnp.ceil(t * levels), 1) / levels
-    return jnp.maximum(t, jnp.finfo(jnp.float32).tiny)
+    s = t - 1 / TIMESTEPS
+    x_t = add_noise(diffusion, x0, eps, t)
+    at_t, at_s = path(diffusion, t, x0), path(diffusion, s, x0)
+    kept = kept_noise(at_t, at_s)
+    mean_of = lambda data, noise: at_s.a * data + at_s.b * kept * noise
+    mean = jax.lax.stop_gradient(mean_of(*implied(diffusion, x_t, output, t)))
+    log_variance = learned_log_variance(diffusion, output, t, s)
+    true_log_variance = _log_posterior_variance(diffusion, t, s, x0)
+    ratio = true_log_variance - log_variance
+    square = jnp.square(mean_of(x0, eps) - mean) * jnp.exp(-log_variance)
+    divergence = 0.5 * (jnp.exp(ratio) - 1 - ratio + square)
+    length = -_log_bin_probability(x0, mean, jnp.exp(0.5 * log_variance))
+    return jnp.where(at_s.b == 0, length, divergence) / math.log(2)
 
 
 def timestep_embedding(t: Float[Array, "..."], dim: int) -> Float[Array, "... {dim}"]:
@@ -193,58 +270,38 @@ def timestep_embedding(t: Float[Array, "..."], dim: int) -> Float[Array, "... {d
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles), zeros], axis=-1)
 
 
-def _coefficients(process: str, t: Array, like: Array) -> tuple[Array, Array]:
-    """(a, b) with the rank and the dtype of ``like``."""
-    a, b = PROCESSES.get(process).coefficients(t)
-    shape = t.shape + (1,) * (like.ndim - t.ndim)
-    return a.reshape(shape).astype(like.dtype), b.reshape(shape).astype(like.dtype)
-
-
-def _shifted(t, shift: float):
-    return shift * t / (1 + (shift - 1) * t)
-
-
 def _last_axis(values: np.ndarray, leading: int) -> Array:
     return jnp.asarray(values, jnp.float32).reshape(*(1,) * leading, -1)
 
 
-@functools.cache
-def cosine_schedule() -> tuple[np.ndarray, np.ndarray]:
-    """``(sqrt(abar), sqrt(1 - abar))`` at steps 0..1000, in float64.
+def _sign(diffusion: Diffusion) -> float:
+    return -1.0 if diffusion.direction == "to_data" else 1.0
 
-    ``abar_i`` is the product of ``1 - beta``, and ``beta_i = min(1 - f(i) / f(i - 1), 0.999)`` with
-    ``f(i) = cos((i / T + s) / (1 + s) * pi / 2)^2``, s = 0.008 (arXiv 2102.09672, equation 17).
+
+def _total(diffusion: Diffusion, t: Array, like: Array) -> Array:
+    """The standard deviation of x_t, of "edm"."""
+    return jnp.hypot(path(diffusion, t, like).b, jnp.asarray(diffusion.sigma_data, like.dtype))
+
+
+def _step_variance(at_t: Path, at_s: Path) -> Array:
+    """That of ``q(x_t | x_s)``: beta, where s is one step before t."""
+    return jnp.square(at_t.b) - jnp.square(at_t.a / at_s.a * at_s.b)
+
+
+def _log_posterior_variance(diffusion: Diffusion, t: Array, s: Array, like: Array) -> Array:
+    """That of ``q(x_s | x_t, x0)``; at s = 0, where it is 0, that of the step before.
+
+    The authors' code does so too ("clipped").
     """
-    index = np.arange(TIMESTEPS + 1)
-    f = np.square(np.cos((index / TIMESTEPS + _OFFSET) / (1 + _OFFSET) * np.pi / 2))
-    beta = np.minimum(1 - f[1:] / f[:-1], _MAX_BETA)
-    abar = np.concatenate([[1.0], np.cumprod(1 - beta)])
-    return np.sqrt(abar), np.sqrt(1 - abar)
+    t, s = (jnp.where(s > 0, time, step / TIMESTEPS) for time, step in ((t, 2), (s, 1)))
+    at_t, at_s = path(diffusion, t, like), path(diffusion, s, like)
+    return jnp.log(_step_variance(at_t, at_s)) + 2 * jnp.log(at_s.b / at_t.b)
 
 
-def _cosine_coefficients(t: Array) -> tuple[Array, Array]:
-    index = jnp.round(t.astype(jnp.float32) * TIMESTEPS).astype(jnp.int32)
-    a, b = (jnp.asarray(values, jnp.float32)[index] for values in cosine_schedule())
-    return a, b
-
-
-def _linear_coefficients(t: Array) -> tuple[Array, Array]:
-    t = t.astype(jnp.float32)
-    return 1 - t, t
-
-
-PROCESSES.register("ddpm")(
-    Process(
-        coefficients=_cosine_coefficients,
-        target=lambda x0, eps: eps,
-        parts=lambda x_t, eps, a, b: ((x_t - b * eps) / a, eps),
-        levels=TIMESTEPS,
-    )
-)
-PROCESSES.register("flow")(
-    Process(
-        coefficients=_linear_coefficients,
-        target=lambda x0, eps: eps - x0,
-        parts=lambda x_t, velocity, a, b: (x_t - b * velocity, x_t + a * velocity),
-    )
-)
+def _log_bin_probability(x: Array, mean: Array, std: Array) -> Array:
+    """Of the bin around x of a normal distribution; the first and the last bin are open."""
+    above, below = (x - mean + _HALF_BIN) / std, (x - mean - _HALF_BIN) / std
+    inner = jnp.log(jnp.maximum(norm.cdf(above) - norm.cdf(below), 1e-12))
+    last = norm.logsf(below)
+    first = norm.logcdf(above)
+    return jnp.where(x < -0.999, first, jnp.where(x > 0.999, last, inner))

@@ -22,6 +22,11 @@ def layer_normalise(x: Float[Array, "*rows d"], eps: float) -> Float[Array, "*ro
     return centred * lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + eps)
 
 
+def normalise(kind: str, x: Float[Array, "*rows d"], eps: float) -> Float[Array, "*rows d"]:
+    """The norm of that kind, "rms" or "layer", in float32 or wider."""
+    return rms_normalise(x, eps) if kind == "rms" else layer_normalise(x, eps)
+
+
 def select_by_modality(
     table_md: Float[Array, "m d"], modality_bt: Int[Array, "b t"]
 ) -> Float[Array, "_ _ d"]:

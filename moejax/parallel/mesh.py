@@ -14,11 +14,12 @@ from moejax.axes import BATCH_AXES, MESH_AXES
 from moejax.config.schema import (
     Config,
     DecoderConfig,
+    DiTConfig,
     MeshConfig,
     PairConfig,
+    PatchesConfig,
     TrunkConfig,
     TwoTowersConfig,
-    ViTConfig,
 )
 from moejax.errors import UserError
 
@@ -79,11 +80,11 @@ def _split_sizes(config: Config) -> Iterator[tuple[str, str, int]]:
     if isinstance(model, DecoderConfig):
         yield "sequence", "data.sequence_length", config.data.sequence_length
         yield "tensor", "model.vocab_size", model.vocab_size
-    if isinstance(model, ViTConfig):
+    if isinstance(model, PatchesConfig):
         yield "sequence", "the tokens of a picture", model.num_tokens
-    if isinstance(model, PairConfig):
+    if isinstance(model, PairConfig) or (isinstance(model, DiTConfig) and model.text_length):
         yield "tensor", "model.vocab_size", model.vocab_size
-    if isinstance(model, TwoTowersConfig):
+    if isinstance(model, TwoTowersConfig) or (isinstance(model, DiTConfig) and model.text_length):
         yield "sequence", "model.text_length", model.text_length
         yield from _trunk_sizes(model.text_tower)
     if isinstance(model, TrunkConfig):
@@ -92,6 +93,8 @@ def _split_sizes(config: Config) -> Iterator[tuple[str, str, int]]:
 
 def _trunk_sizes(model: TrunkConfig) -> Iterator[tuple[str, str, int]]:
     yield "fsdp", "model.d_model", model.d_model
+    if model.modulated:
+        yield "tensor", "model.d_model", model.d_model
     yield "tensor", "model.num_heads", model.num_heads
     yield "tensor", "model.num_kv_heads", model.kv_heads
     for width in model.ffn_hidden:

@@ -107,25 +107,33 @@ def project(
     return jnp.where(here[..., None], all_snme, 0).sum(axis=2)
 
 
-def _linear_parameters(d: int, e: int, m: int, *, init_std: float = 0.02, alike: int = 1) -> Shapes:
+def uniform_by_fan_in(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """``U(-1/sqrt(d), 1/sqrt(d))`` for weights [m, d, e]."""
+    limit = shape[1] ** -0.5
+    return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+
+def _linear_parameters(
+    d: int, e: int, m: int, *, init: str = "normal", init_std: float = 0.02, alike: int = 1
+) -> Shapes:
     require(
         alike > 0 and e % alike == 0,
         "model.moe.score.options.alike",
         f"{alike} columns that begin alike do not divide the {e} of the router",
     )
-    draw = initializers.normal(init_std)
+    draw = uniform_by_fan_in if init == "uniform" else initializers.normal(init_std)
 
-    def init(key, shape, dtype):
+    def draw_alike(key, shape, dtype):
         return jnp.repeat(draw(key, (*shape[:-1], e // alike), dtype), alike, axis=-1)
 
-    return {"router_mde": ((m, d, e), draw if alike == 1 else init)}
+    return {"router_mde": ((m, d, e), draw if alike == 1 else draw_alike)}
 
 
-@score("linear", _linear_parameters)
+@score("linear", _linear_parameters, init=("normal", "uniform"))
 def linear(
     params: Params, x_snd: Float[Array, "s n d"], modality_sn: Int[Array, "s n"]
 ) -> Float[Array, "s n e"]:
-    """``x W``, without bias.
+    """``x W``, without bias; W is "normal" with ``init_std``, or "uniform" up to 1 / sqrt(d).
 
     Of every ``alike`` columns the weights begin equal (Dynamic-DINO, arXiv 2507.17436, where they
     are those of the slices of one feed-forward layer: the k = ``alike`` best of them then are one

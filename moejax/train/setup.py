@@ -170,7 +170,8 @@ def _check_kernels(config: Config, platform: str) -> None:
 def open_pipeline(config: Config, split: str) -> Any:
     """The data of ``split``; pictures go through the frozen image tokenizer of the config."""
     codec: Any = None
-    if config.data.format == "tokens" and "image" in config.model.modalities:
+    in_sequence = config.data.format == "tokens" and "image" in config.model.modalities
+    if in_sequence or config.data.latents:
         from moejax.models.picture_codec import load_picture_codec
 
         codec = load_picture_codec(config)

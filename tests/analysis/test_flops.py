@@ -170,6 +170,25 @@ def test_formula_of_a_vision_transformer_is_its_program(head, experts):
     assert formula.forward <= counted.forward.nominal < formula.forward * 1.002
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"model.block_pattern": ("mod:0.5:dense",)},
+        {"model.block_pattern": ("recursive:dense",), "model.recursion.share_kv": True},
+        {"model.text_length": 6, "data.format": "pairs", "data.sequence_length": 6},
+    ],
+    ids=["dense", "mod", "recursive", "texts"],
+)
+def test_formula_of_a_diffusion_transformer_is_its_program(overrides):
+    """What a row is told is multiplied once for the row, not for each of its tokens."""
+    small = {"model.image_size": 8, "data.image_size": 8, "model.d_model": 32, "data.batch_size": 2}
+    config = load_config("dit", {**small, "model.patch_size": 2, **overrides})
+    formula, counted = token_flops(config), counted_flops(config)
+    assert formula is not None
+    assert counted.forward.nominal == pytest.approx(formula.forward, rel=1e-9)
+
+
 def test_soft_routing_costs_its_slots():
     fields = {**SMALL_VIT, "model.moe.router.name": "soft"}
     one, two = (

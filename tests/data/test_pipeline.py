@@ -172,3 +172,28 @@ def test_images_are_reshuffled_each_epoch_and_a_function_of_the_step():
     size = len(pipe.source)
     epochs = [[pipe.row_records(e * size + i)[0] for i in range(size)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(size)) and epochs[0] != epochs[1]
+
+
+class CellCodec:
+    """Latents that are the mean colours of 8 x 8 cells."""
+
+    num_codes, codes_per_image, version = 0, 64, "cells"
+
+    def encode(self, images):
+        return images.reshape(-1, 8, 4, 8, 4, 3).mean(axis=(2, 4)).reshape(-1, 64, 3) / 255
+
+
+@pytest.mark.parametrize("name, length", [("dit:latents", 0), ("dit:text", 24)])
+def test_latents_lie_beside_their_pictures(name, length):
+    """In rows and columns, of texts too; what made them is a part of the version."""
+    fields = {"data.batch_size": 3, "data.latents": True, "model.image_size": 8}
+    config = load_config(name, fields)
+    pipe = build_pipeline(config, "val", codec=CellCodec())
+    batch = pipe.batch(1)
+    assert batch["latents"].shape == (3, 8, 8, 3) and batch["latents"].dtype == np.float32
+    expected = CellCodec().encode(batch["images"]).reshape(3, 8, 8, 3)
+    np.testing.assert_allclose(batch["latents"], expected, atol=1e-3)
+    assert batch["latents"].std() > 0.1
+    assert batch["tokens"].shape == (3, length) if length else "tokens" not in batch
+    plain = build_pipeline(config, "val")
+    assert "latents" not in plain.batch(1) and plain.version != pipe.version

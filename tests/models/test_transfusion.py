@@ -202,7 +202,7 @@ def test_later_text_never_sees_the_clean_patches(process, batch):
         x0 = jnp.asarray(latents)
         noise = jax.random.normal(jax.random.key(5), x0.shape)
         times = jnp.where(batch["image_id"] > 0, time, 0.0)
-        noisy["latents"] = diffusion.add_noise(process, x0, noise, times)
+        noisy["latents"] = diffusion.add_noise(config.diffusion, x0, noise, times)
         noisy["times"] = times
         return tiny.objective(tiny.outputs(tiny.params, noisy), noisy).mean("token")
 

@@ -95,7 +95,7 @@ def run_with_places(config, images, params, order):
     """The model whose grid has the places in another order."""
     grid = functools.partial(shuffled_grid, order=tuple(order))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moejax.models.vit.grid_positions", grid)
+        patch.setattr("moejax.models.patches.grid_positions", grid)
         if config.positions == "learned":
             params = {**params, "position_pd": params["position_pd"][order]}
         apply = jax.jit(lambda params, batch: build_vit(config).apply({"params": params}, batch))

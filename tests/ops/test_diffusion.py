@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.errors import UserError
+from moejax.config.diffusion import Diffusion
 from moejax.ops import diffusion
-from moejax.ops.diffusion import TimeSampling
 
 NAMES = ("ddpm", "flow")
 

@@ -53,6 +53,7 @@ MODELS = {
     "deepseek_v3": ("deepseek_v3", {**EXPERTS, "model.moe.shared_hidden": 16}),
     "expert_choice": ("expert_choice", EXPERTS),
     "vmoe": ("vmoe", VISION),
+    "dit_moe": ("dit_moe", {**VISION, "model.moe.shared_hidden": 16}),
     "clip": ("clip", {**PAIRS, "objective.chunk": 3}),
     "siglip": ("siglip", PAIRS),
     "limoe": ("limoe", PAIRS),

@@ -48,6 +48,14 @@ def test_shapes_have_a_modality_axis(name):
             assert shape[0] == m and callable(init)
 
 
+def test_a_linear_score_may_begin_uniform():
+    (shape, init) = SCORES.get("linear").shapes(D, 64, M, init="uniform")["router_mde"]
+    drawn = np.asarray(init(jax.random.key(0), shape, jnp.float32)) * math.sqrt(D)
+    assert drawn.min() > -1 and drawn.max() < 1
+    assert drawn.std() == pytest.approx(1 / math.sqrt(3), rel=0.05)
+    assert abs(drawn.mean()) < 0.05
+
+
 def test_one_set_of_parameters_for_each_modality(name, apply, run):
     """With equal sets it is the shared score; else each token reads its own."""
     # Attributes are read in the tokens' place: as many as the tokens have numbers.

@@ -1,0 +1,100 @@
+"""Diffusion transformers of the papers: DiT-MoE's experts, sizes, how it is upcycled."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax.analysis.params import param_table
+from moejax.api import build
+from moejax.config import load_config
+from moejax.train.checkpoint import Checkpoints
+from moejax.train.setup import prepare_model
+from moejax.train.start import plan_start
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+TINY = {
+    "model.image_size": 8,
+    "model.d_model": 16,
+    "model.num_layers": 2,
+    "model.num_heads": 2,
+    "model.ffn_hidden": (24,),
+    "model.kernel_backend": "reference",
+    "model.moe.hidden": 24,
+    "model.moe.shared_hidden": 8,
+    "data.image_size": 8,
+    "data.batch_size": 4,
+}
+
+
+def test_experts_of_dit_moe(expert_layer, tokens, mlp):
+    """Two of eight by their softmax over all, not divided by their sum, beside a shared MLP."""
+    layer = expert_layer("dit_moe")
+    y, aux = layer(tokens)
+    params = layer.params
+    probs = jax.nn.softmax(tokens @ params["router"]["router_mde"][0])
+    weights, ids = jax.lax.top_k(probs, 2)
+    wi_edf, wo_efd = (params["experts"][name] for name in ("wi_edf", "wo_efd"))
+    each = jnp.stack([mlp(tokens, wi, wo) for wi, wo in zip(wi_edf, wo_efd, strict=True)], axis=2)
+    chosen = jnp.take_along_axis(each, ids[..., None], axis=2)
+    shared = mlp(tokens, params["shared_wi_edf"][0], params["shared_wo_efd"][0])
+    expected = shared + (weights[..., None] * chosen).sum(axis=2)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(np.sort(aux["expert_ids"]), np.sort(ids))
+    assert aux["weights"].sum(axis=-1).max() < 1
+    # The widths of the authors' code.
+    model = load_config("dit_moe:s_8e2a").model
+    assert (model.moe.hidden, model.moe.shared_hidden) == (4 * model.d_model, 2 * model.d_model)
+
+
+def test_dit_moe_g_has_16_5b_parameters_and_3_1b_active():
+    """The paper's numbers; and ours to the last parameter."""
+    config = load_config("dit_moe:g_16e2a")
+    table, model = param_table(build(config)[0], config), config.model
+    assert table.total == pytest.approx(16.5e9, rel=0.005)
+    assert table.active == pytest.approx(3.1e9, rel=0.03)
+    d, layers, experts, chosen = model.d_model, model.num_layers, 16, 2
+    # Attention 4, the shared MLP 6, modulation 6, an expert 12 of them.
+    blocks = lambda run: layers * d * (d * (12 * run + 16) + experts + 6)
+    numbers = model.patch_size**2 * model.in_channels
+    patches, noise, labels = (numbers + 1) * d, (256 + 1) * d + (d + 1) * d, 1001 * d
+    out = 2 * (d + 1) * d + (d + 1) * numbers
+    assert table.total == blocks(experts) + patches + noise + labels + out
+    assert table.active == blocks(chosen) + patches + noise + labels + out
+
+
+def test_dit_and_sit_differ_in_process_and_range_alone():
+    for arg in ("", ":b2"):
+        fields = {
+            "model.learned_range": True,
+            "objective.learned_range": True,
+            "objective.process": "ddpm",
+            "objective.schedule": "linear",
+            "objective.direction": "to_noise",
+        }
+        sit, dit = load_config(f"sit{arg}", fields), load_config(f"dit{arg}")
+        for group in ("model", "data", "objective", "optim", "mesh", "train", "eval"):
+            assert getattr(sit, group) == getattr(dit, group)
+
+
+def test_upcycled_experts_are_copies_of_the_first(tmp_path):
+    """Twice as many; all but the routers is taken over."""
+    source = prepare_model(load_config("dit_moe", TINY), jax.devices()[:1])
+    state = source.recipe.create()
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(1, state, {}, source.mesh)
+    checkpoints.close()
+    setup = prepare_model(
+        load_config("dit_moe:upcycle", {**TINY, "train.init_from": str(tmp_path)}),
+        jax.devices()[:1],
+    )
+    start = plan_start(setup, tmp_path / "new")
+    assert start is not None
+    assert all(name.endswith("router_mde") for name in start.plan.skipped)
+    assert not [name for name in start.plan.unused if not name.endswith("router_mde")]
+    before, after = jax.device_get((state.params, start.create(setup.recipe).params))
+    moe = lambda params: params["stack"]["segment_0"]["block_0"]["moe"]
+    for name in ("wi_edf", "wo_efd"):
+        first = moe(before)["experts"][name][:, :1]
+        np.testing.assert_array_equal(moe(after)["experts"][name], np.repeat(first, 16, axis=1))
+    np.testing.assert_array_equal(moe(after)["shared_wi_edf"], moe(before)["shared_wi_edf"])
