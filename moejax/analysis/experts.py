@@ -55,9 +55,10 @@ def router_products(model: TrunkConfig) -> float:
     moe, d = model.moe, model.d_model
     router = ROUTERS.get(moe.router.name, field="model.moe.router.name")
     columns = router.columns(moe.columns, {**router.defaults(), **router_options(moe)})
+    scored = columns - moe.unscored_experts
     score = SCORES.get(moe.score.name, field="model.moe.score.name")
     towers = len(model.modalities) if moe.score.per_modality else 1
-    shapes = score.shapes(d, columns, towers, **moe.score.options)
+    shapes = score.shapes(d, scored, towers, **moe.score.options)
     products = sum(math.prod(shape) for shape, _ in shapes.values() if len(shape) > 2)
     options = {**score.defaults(), **moe.score.options}
     if options.get("dropout", 0):
@@ -66,5 +67,5 @@ def router_products(model: TrunkConfig) -> float:
     if moe.score.gating_residual:
         products += columns**2
     if moe.causal_router:
-        products += d // 2 * (d + columns)
+        products += (moe.causal_router_hidden or d // 2) * (d + columns)
     return float(products + moe.constant_experts * 3 * d)

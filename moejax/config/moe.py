@@ -5,8 +5,9 @@ import dataclasses
 from moejax.config.checks import require, require_one_of
 from moejax.config.options import Options
 
-# The parameter of a router that its controller moves: the last part of its path.
+# Parameters of a router that controllers move: the last part of their paths.
 SELECT_BIAS = "select_bias_e"
+CAUSAL_THRESHOLD = "causal_threshold_e"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,9 @@ class MoEConfig:
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
     # For each modality the experts that it may choose; () lets all choose all.
     allowed: tuple[tuple[int, ...], ...] = ()
+    # The last so many experts have no score: those of modalities that may choose nothing else
+    # (``allowed``), whose tokens go there with weight 1.
+    unscored_experts: int = 0
     # Sequences that are routed together, where a router compares tokens; 0: the whole (micro)batch.
     routing_group: int = 1
     # Who is dropped where more tokens choose an expert than it has places: "none", the last
@@ -123,8 +127,13 @@ class MoEConfig:
     # Training steps over which the experts of the pool's other layers are let in (first, last);
     # outside of training all are open.
     pool_steps: tuple[int, int] = (0, 0)
-    # A second router that learns what the first one, which sees all tokens, will choose.
+    # A second router that learns what the first one, which sees all tokens, will choose; its hidden
+    # width (0: half of the tokens').
     causal_router: bool = False
+    causal_router_hidden: int = 0
+    # It says yes above a half (0), or above a moving average with this decay of how sure it is of
+    # the last token that an expert takes (moejax/routing/threshold.py).
+    causal_router_decay: float = 0.0
     # Experts see their input times top_k.
     scale_input: bool = False
     # All experts begin with the same weights.
@@ -140,6 +149,8 @@ class MoEConfig:
             "shared_hidden",
             "shared_competing",
             "routing_group",
+            "unscored_experts",
+            "causal_router_hidden",
         )
         for name in counts:
             value = getattr(self, name)
@@ -176,6 +187,15 @@ class MoEConfig:
         inputs = ("token", "condition", "noise")
         require_one_of(self.score.input, inputs, "model.moe.score.input")
         require(0 <= self.score.jitter < 1, "model.moe.score.jitter", "must be in [0, 1)")
+        decay = self.causal_router_decay
+        require(0 <= decay < 1, "model.moe.causal_router_decay", "must be in [0, 1)")
+        for name in ("causal_router_hidden", "causal_router_decay"):
+            require(
+                self.causal_router or not getattr(self, name),
+                f"model.moe.{name}",
+                "needs model.moe.causal_router=True",
+            )
+        self._check_unscored()
         require(
             self.eval_capacity_factor >= 0, "model.moe.eval_capacity_factor", "must not be negative"
         )
@@ -219,6 +239,26 @@ class MoEConfig:
             or not (self.zero_experts or self.copy_experts or self.constant_experts),
             "model.moe.pool_layers",
             "layers that share experts have no experts without weights",
+        )
+
+    def _check_unscored(self) -> None:
+        unscored, field = self.unscored_experts, "model.moe.unscored_experts"
+        if not unscored:
+            return
+        scored = self.num_experts - unscored
+        require(scored > 0, field, f"leaves none of {self.num_experts} experts to choose from")
+        apart = all(max(ids) < scored or min(ids) >= scored for ids in self.allowed if ids)
+        require(
+            bool(self.allowed) and apart,
+            field,
+            f"needs model.moe.allowed: for each modality experts below {scored}, or from it on",
+        )
+        others = self.weightless or self.shared_competing or self.pool_layers > 1
+        require(
+            not others and not self.score.gating_residual,
+            field,
+            "cannot be beside experts without weights, competing or pooled ones, or "
+            "model.moe.score.gating_residual",
         )
 
     @property

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from moejax import axes
-from moejax.config.moe import SELECT_BIAS, MoEConfig
+from moejax.config.moe import CAUSAL_THRESHOLD, SELECT_BIAS, MoEConfig
 from moejax.config.trunk import TrunkConfig
 from moejax.experts.activations import activate
 from moejax.experts.kinds import weightless_output
@@ -47,10 +47,12 @@ from moejax.routing import (
     allowed_experts,
     heterogeneous_capacity,
     jitter,
+    last_taken,
     limit_capacity,
     modality_attributes,
     pool_mask,
     routing_statistics,
+    without_score,
 )
 
 # What the layer's key is folded with for all that the first router draws, and one more for the
@@ -293,7 +295,10 @@ class Routing(nn.Module):
         rng, seen = ctx.rng, group(self._seen(x_btd, ctx))
         if moe.score.jitter and ctx.train and rng is not None:
             seen = jitter(jax.random.fold_in(rng, _DRAW), seen, moe.score.jitter)
-        logits = self._score(seen, group(ctx.modality_bt), previous, columns, group, ctx)
+        scored = columns - moe.unscored_experts
+        logits, params = self._score(seen, group(ctx.modality_bt), previous, scored, group, ctx)
+        if moe.unscored_experts:
+            logits = jnp.pad(logits, ((0, 0), (0, 0), (0, moe.unscored_experts)))
         if moe.score.gating_residual:
             carry = {**carry, "router_logits": logits.reshape(b, t, -1)}
         bias_e = None
@@ -309,6 +314,9 @@ class Routing(nn.Module):
             allowed=self._allowed(group(ctx.modality_bt), ctx, columns, rng),
             select_bias=bias_e,
             causal_logits=self._causal(group(x_btd), columns) if moe.causal_router else None,
+            causal_threshold=self._causal_threshold(columns),
+            tokens=group(x_btd),
+            score_params=params,
             rng=rng,
             step=ctx.step,
             num_ffn=moe.pool,
@@ -319,6 +327,8 @@ class Routing(nn.Module):
             train=ctx.train,
         )
         plan = router.function(inputs, **options)
+        if moe.unscored_experts:
+            plan = without_score(plan, scored)
         places = places_of(moe, b * t // groups, ctx.train)
         if places is not None:
             again = moe.capacity_renormalise
@@ -361,26 +371,34 @@ class Routing(nn.Module):
             )
             previous = None if previous_bte is None else group(previous_bte)
             logits = add_previous(logits, previous, residual_ee)
-        return logits
+        return logits, params
 
     def _causal(self, x_snd, columns: int):
         """``silu(x W1) W2``, without a gradient to the tokens (arXiv 2407.21770, section 3)."""
         d, dtype = x_snd.shape[-1], param_dtype(self.config)
+        f = self.config.moe.causal_router_hidden or d // 2
         wi_df = self.param(
             "causal_router_wi_df",
             partitioned(fan_in_normal((0,)), axes.EMBED, None),
-            (d, d // 2),
+            (d, f),
             dtype,
         )
         wo_fe = self.param(
             "causal_router_wo_fe",
             partitioned(fan_in_normal((0,)), None, None),
-            (d // 2, columns),
+            (f, columns),
             dtype,
         )
         x_snd = jax.lax.stop_gradient(x_snd).astype(dtype)
         hidden = nn.silu(jnp.einsum("snd,df->snf", x_snd, wi_df, precision="highest"))
         return jnp.einsum("snf,fe->sne", hidden, wo_fe, precision="highest")
+
+    def _causal_threshold(self, columns: int):
+        """[e], which its controller moves and no gradient does; None: a half."""
+        if not self.config.moe.causal_router_decay:
+            return None
+        zeros, dtype = partitioned(nn.initializers.zeros, None), param_dtype(self.config)
+        return jax.lax.stop_gradient(self.param(CAUSAL_THRESHOLD, zeros, (columns,), dtype))
 
     def _allowed(self, modality_sn, ctx: Context, columns: int, rng):
         """Which experts each token may choose [s, n, e]; None where all may choose all."""
@@ -439,6 +457,8 @@ def routing_aux(
             for loss in moe.losses
         },
     }
+    if moe.causal_router_decay and ctx.train:
+        aux["statistics"] |= last_taken(inputs, plan)
     if ctx.record:
         aux["expert_ids"] = plan.expert_ids.reshape(b, t, -1)
         aux["chosen_ids"] = plan.chosen().reshape(b, t, -1)

@@ -75,7 +75,32 @@ def check_moe(config: TrunkConfig) -> None:
     check_options(kind, own, moe.balance.options, "model.moe.balance.options")
     rule = router_options(moe).get("causal_rule")
     require(
-        rule != "aux_router" or moe.causal_router,
+        rule not in ("aux_router", "aux_count") or moe.causal_router,
         "model.moe.causal_router",
-        "causal_rule='aux_router' needs model.moe.causal_router=True",
+        f"causal_rule={rule!r} needs model.moe.causal_router=True",
+    )
+    _check_prototypes(moe)
+
+
+def _check_prototypes(moe: MoEConfig) -> None:
+    """What ProMoE is made of fits together."""
+    require(
+        "contrastive" not in [loss.name for loss in moe.losses]
+        or (moe.score.name == "cosine" and not moe.score.per_modality),
+        "model.moe.losses",
+        "'contrastive' is about prototypes that all modalities share; it needs "
+        "model.moe.score.name=cosine and per_modality=False",
+    )
+    if not moe.unscored_experts:
+        return
+    require(
+        ROUTERS.get(moe.router.name).slots is None,
+        "model.moe.unscored_experts",
+        f"router {moe.router.name!r} mixes tokens and sends them nowhere",
+    )
+    factor = moe.router.options.get("capacity_factor", 1.0)
+    require(
+        factor >= 1,
+        "model.moe.router.options.capacity_factor",
+        "below 1 leaves out tokens that may choose nothing but model.moe.unscored_experts",
     )

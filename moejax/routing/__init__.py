@@ -2,6 +2,7 @@
 
 # Importing these registers their routers and losses.
 from moejax.routing import balance_losses as _balance_losses
+from moejax.routing import contrastive as _contrastive
 from moejax.routing import entropy_losses as _entropy_losses
 from moejax.routing import expert_choice as _expert_choice
 from moejax.routing import fixed as _fixed
@@ -12,6 +13,7 @@ from moejax.routing import uncertain as _uncertain
 from moejax.routing.balance import CONTROLLERS, fair_counts, update_bias
 from moejax.routing.capacity import expert_capacity, heterogeneous_capacity, limit_capacity
 from moejax.routing.checks import check_router, check_router_loss, check_score
+from moejax.routing.fixed import without_score
 from moejax.routing.losses import ROUTER_LOSSES, RouterLoss
 from moejax.routing.perturb import jitter
 from moejax.routing.plan import (
@@ -33,6 +35,7 @@ from moejax.routing.scores import (
     modality_attributes,
 )
 from moejax.routing.stats import routing_statistics, summarise
+from moejax.routing.threshold import last_taken, move_threshold
 
 __all__ = [
     "CONTROLLERS",
@@ -56,12 +59,15 @@ __all__ = [
     "heterogeneous_capacity",
     "jitter",
     "keyword_defaults",
+    "last_taken",
     "limit_capacity",
     "modality_attributes",
+    "move_threshold",
     "open_experts",
     "pool_mask",
     "router",
     "routing_statistics",
     "summarise",
     "update_bias",
+    "without_score",
 ]

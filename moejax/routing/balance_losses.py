@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from moejax.experts.layout import gates_by_expert
 from moejax.routing.losses import (
     ROUTER_LOSSES,
     Sums,
@@ -83,18 +84,22 @@ def gshard(
     per: str = "group",
     counted: str = "first",
     chosen_only: bool = False,
+    weighted: bool = False,
 ) -> Sums:
     """``E^2 mean_e(c_e P_e)``, c_e the share of tokens that chose e; the mean over groups.
 
     GShard, arXiv 2006.16668, algorithm 1, which counts first choices alone: 1 at uniform, E when
     collapsed. With ``counted="all"`` it is K at uniform. ``chosen_only`` (Uni-MoE-2's code, with
-    ``counted="all", per="batch"``) takes the probabilities of what was chosen alone.
+    ``counted="all", per="batch"``) takes the probabilities of what was chosen alone; ``weighted``
+    (MoDE's code, arXiv 2412.12953, likewise) takes the weights in their place.
     """
     ids = plan.chosen()[..., :1] if counted == "first" else plan.chosen()
     first = choices(inputs, ids)
     probs = probabilities(inputs, plan)
     if chosen_only:
         probs = probs * choices(inputs, plan.chosen())
+    if weighted:
+        probs = gates_by_expert(plan.expert_ids, plan.weights, inputs.num_routed)
     fields = {
         "counts_e": first.sum(axis=1),
         "probs_e": probs.sum(axis=1),

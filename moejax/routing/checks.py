@@ -46,6 +46,15 @@ def require_top_k(options: Mapping[str, Any], num_experts: int) -> None:
     )
 
 
+def require_shares(options: Mapping[str, Any]) -> None:
+    """UserError for weights over their sum where they may be negative."""
+    require_option(
+        not options["renormalise"] or options["normalise"] != "identity",
+        "renormalise",
+        "weights of normalise='identity' may be negative, and have no shares; leave it False",
+    )
+
+
 def check_router(
     name: str, options: Mapping[str, Any], num_experts: int, causal_model: bool
 ) -> None:

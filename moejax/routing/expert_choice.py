@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
+from jax.nn import sigmoid
 from jaxtyping import Array, Bool, Int
 
 from moejax.routing import checks
@@ -34,6 +35,11 @@ def _check_expert_choice(num_experts: int, options: Mapping[str, Any]) -> None:
         "causal_rule can do without; choose 'scores' or 'share'",
     )
     checks.require_option(
+        options["weights"] != "share" or options["normalise"] != "identity",
+        "weights",
+        "scores of normalise='identity' may be negative, and have no shares; choose 'scores'",
+    )
+    checks.require_option(
         options["weights"] != "plan" or bool(options["plan"]),
         "weights",
         f"'plan' weighs by a plan; choose one of {', '.join(PLANS)} in plan",
@@ -54,7 +60,7 @@ def _check_expert_choice(num_experts: int, options: Mapping[str, Any]) -> None:
 @router(
     "expert_choice",
     causal=False,
-    causal_rules=("aux_router", "threshold", "none"),
+    causal_rules=("aux_router", "threshold", "aux_count", "none"),
     check=_check_expert_choice,
 )
 def expert_choice(
@@ -79,7 +85,9 @@ def expert_choice(
     Zhou et al., arXiv 2202.09368 (there with softmax scores); MoMa, arXiv 2407.21770,
     is ``allowed`` with experts of one modality each: an expert then compares the tokens of that
     modality, of which it takes ``capacity_factor / E_m``. A token gets any number of experts, by
-    the weights that the scores are. Of equal scores the earlier token is taken.
+    the weights that the scores are. Of equal scores the earlier token is taken. EC-DiT, arXiv
+    2410.02098, has softmax scores and compares the patches of one picture, DiffMoE, arXiv
+    2503.14487, those of the whole batch.
 
     Expert e takes ``capacity_factor * (tokens that may choose e) / (experts that those may choose,
     on average)``, rounded. Padding is no token.
@@ -94,7 +102,7 @@ def expert_choice(
       capacity_factor: the mean number of experts of a token.
       per_modality: tokens compete with those of their modality alone, also for experts that
         several modalities may choose; each modality has its share of each expert.
-      normalise: "sigmoid" or "softmax" over the experts that a token may choose.
+      normalise: "sigmoid" or "softmax" over the experts that a token may choose, or "identity".
       weights: "scores"; a token's scores over their sum ("share"; of a token that no expert takes
         0); for each expert the softmax of its logits over the "tokens" that it takes in a group
         (pMoE, arXiv 2306.04073): 1 / their number where all logits are equal; or the entries of
@@ -110,8 +118,10 @@ def expert_choice(
       iterations: of the algorithm that makes the plan.
       learning_rate: of the plan "sparse".
       causal_rule: how experts are chosen without training, where later tokens must not matter:
-        "aux_router" where ``sigmoid(causal_logits) > 0.5``, "threshold" where the score is above
-        ``threshold``; "none" and "" choose as in training.
+        "aux_router" where ``sigmoid(causal_logits) > causal_threshold``, "threshold" where the
+        score is above ``threshold``. "aux_count" (DiffMoE's code) asks the auxiliary router only
+        how many tokens of the group an expert takes, and so still compares them; "none" and ""
+        choose as in training.
       threshold: of the rule of that name.
     """
     may = inputs.may_choose()
@@ -119,9 +129,10 @@ def expert_choice(
     scores = scores_of(normalise, logits, may)
     weight_sne, max_choices = scores, None
     if not inputs.train and causal_rule == "aux_router":
-        if inputs.causal_logits is None:
-            raise ValueError("causal_rule='aux_router' needs RouterInputs.causal_logits")
-        selected = may & (inputs.causal_logits > 0)
+        selected = may & _foreseen(inputs)
+    elif not inputs.train and causal_rule == "aux_count":
+        number_se = (may & _foreseen(inputs)).sum(axis=1, dtype=jnp.int32)
+        selected = best_of_each(scores, may, number_se)
     elif not inputs.train and causal_rule == "threshold":
         selected = may & (scores > threshold)
     else:
@@ -160,6 +171,15 @@ def expert_choice(
         probs=distribution(normalise, inputs.logits, may),
         max_choices=max_choices,
     )
+
+
+def _foreseen(inputs: RouterInputs) -> Bool[Array, "s n e"]:
+    """Where the auxiliary router says yes."""
+    if inputs.causal_logits is None:
+        raise ValueError("causal_rule: the auxiliary router needs RouterInputs.causal_logits")
+    if inputs.causal_threshold is None:
+        return inputs.causal_logits > 0
+    return sigmoid(inputs.causal_logits) > inputs.causal_threshold[None, None]
 
 
 def _classes(inputs: RouterInputs, per_modality: bool) -> int:

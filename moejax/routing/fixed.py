@@ -1,4 +1,9 @@
-"""Routers without a choice: by the modality, by the token's id, by lot. All weights are 1."""
+"""Routers without a choice: by the modality, by the token's id, by lot. All weights are 1.
+
+And experts without a choice beside others: those of modalities that may choose nothing else.
+"""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -54,3 +59,13 @@ def random_partition(inputs: RouterInputs) -> RoutingPlan:
     # Modalities are dealt out one by one, as each may have experts of its own; padding comes last.
     class_sn = jnp.where(inputs.valid, inputs.modality, jnp.iinfo(jnp.int32).max)
     return _nth_allowed(inputs, rank_within(class_sn, draw))
+
+
+def without_score(plan: RoutingPlan, first: int) -> RoutingPlan:
+    """The plan with weight 1 for experts from number ``first`` on, wherever they are chosen.
+
+    ProMoE's conditional routing (arXiv 2510.24711): tokens without a condition have an expert of
+    their own, which no score is about.
+    """
+    chosen = (plan.expert_ids >= first) & (plan.expert_ids < plan.probs.shape[-1])
+    return dataclasses.replace(plan, weights=jnp.where(chosen, 1, plan.weights))

@@ -1,11 +1,11 @@
-"""From logits to scores: softmax, sigmoid, Sinkhorn's balanced plan; masked places get 0."""
+"""From logits to scores: softmax, sigmoid, as they are, Sinkhorn's plan; masked places get 0."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-KINDS = ("softmax", "sigmoid")
+KINDS = ("softmax", "sigmoid", "identity")
 
 
 def softmax(
@@ -33,7 +33,9 @@ def sigmoid(
 def scores_of(
     kind: str, logits: Float[Array, "*rows e"], mask: Bool[Array, "*rows e"]
 ) -> Float[Array, "*rows e"]:
-    """Scores by the name of the function: "softmax" or "sigmoid"."""
+    """Scores by the name of the function; "identity" takes the logits, which may be negative."""
+    if kind == "identity":
+        return jnp.where(mask, logits, 0)
     return {"softmax": softmax, "sigmoid": sigmoid}[kind](logits, mask)
 
 
@@ -52,9 +54,8 @@ def entropy(probs: Float[Array, "*rows e"]) -> Float[Array, "*rows"]:
 def distribution(
     kind: str, logits: Float[Array, "*rows e"], mask: Bool[Array, "*rows e"]
 ) -> Float[Array, "*rows e"]:
-    """Scores as a distribution: the softmax, or sigmoids over their sum (arXiv 2412.19437)."""
-    scores = scores_of(kind, logits, mask)
-    return scores if kind == "softmax" else share(scores)
+    """The softmax of the logits, or their sigmoids over the sum of these (arXiv 2412.19437)."""
+    return share(sigmoid(logits, mask)) if kind == "sigmoid" else softmax(logits, mask)
 
 
 def sinkhorn(

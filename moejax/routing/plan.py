@@ -36,6 +36,10 @@ class RouterInputs:
         controller. Carries no gradient.
       causal_logits: [s, n, e] of the auxiliary router that decides when tokens come one by one;
         None without one.
+      causal_threshold: [e], the probability of ``causal_logits`` above which it says yes; None: a
+        half. Carries no gradient.
+      tokens: [s, n, d], of which the logits were made; None where nobody asks for them.
+      score_params: the parameters of the score by name (moejax.routing.scores); None likewise.
       rng: key, or None where nothing is to be drawn (evaluation).
       step: [] i32 of the training step, or None.
       num_ffn: how many of the columns are experts with weights.
@@ -53,6 +57,9 @@ class RouterInputs:
     allowed: Any = None
     select_bias: Any = None
     causal_logits: Any = None
+    causal_threshold: Any = None
+    tokens: Any = None
+    score_params: Any = None
     rng: Any = None
     step: Any = None
     num_ffn: int = struct.field(pytree_node=False, default=0)
@@ -131,7 +138,8 @@ class Router:
         refused in a decoder unless its option ``causal_rule`` says how to decide without the
         tokens to come.
       causal_rules: what ``causal_rule`` may be: how a router that is not causal chooses when it
-        does not train. "none" says: no other way than in training.
+        does not train. "none" says: no other way than in training, "aux_count": by comparing
+        tokens even so.
       columns: (number of experts, options) -> columns of the logits.
       biased: whether ``select_bias`` takes part in the choice.
       competing: whether it gives weights to shared experts.

@@ -149,10 +149,12 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
-def _mlp_parameters(d: int, e: int, m: int, *, hidden: int = 0, init_std: float = 0.02) -> Shapes:
+def _mlp_parameters(
+    d: int, e: int, m: int, *, hidden: int = 0, init_std: float = 0.02, wi_std: float = 0.0
+) -> Shapes:
     hidden = hidden or 8 * e
     return {
-        "router_wi_mdf": ((m, d, hidden), initializers.normal(d**-0.5)),
+        "router_wi_mdf": ((m, d, hidden), initializers.normal(wi_std or d**-0.5)),
         "router_wo_mfe": ((m, hidden, e), initializers.normal(init_std)),
     }
 
@@ -167,19 +169,35 @@ def mlp(
 ) -> Float[Array, "s n e"]:
     """``act(x W_1) W_2``, without biases.
 
-    The code of MoE++ (arXiv 2410.07348) has ``hidden`` = 8 E, which 0 stands for, and tanh.
+    The code of MoE++ (arXiv 2410.07348) has ``hidden`` = 8 E, which 0 stands for, and tanh. A
+    ``wi_std`` of 0 is ``d^-0.5``.
     """
     hidden = ACTIVATIONS[activation](project(x_snd, params["router_wi_mdf"], modality_sn))
     return project(hidden, params["router_wo_mfe"], modality_sn)
 
 
 def _cosine_parameters(
-    d: int, e: int, m: int, *, learn_scale: bool = False, temperature: float = 1.0
+    d: int,
+    e: int,
+    m: int,
+    *,
+    learn_scale: bool = False,
+    temperature: float = 1.0,
+    init_std: float = 0.0,
 ) -> Shapes:
-    shapes: Shapes = {"prototype_mde": ((m, d, e), initializers.normal(d**-0.5))}
+    draw = initializers.normal(init_std or d**-0.5)
+    shapes: Shapes = {"prototype_mde": ((m, d, e), draw)}
     if learn_scale:
         shapes["scale_m"] = ((m,), initializers.constant(1 / temperature))
     return shapes
+
+
+def unit_length(values: Float[Array, "*rows"], axis: int) -> Float[Array, "*rows"]:
+    """Vectors over their lengths; 0 where they are 0, which has a gradient too.
+
+    As in Soft MoE's code: no division by zero, and unit length but for 1e-6.
+    """
+    return values * lax.rsqrt(jnp.square(values).sum(axis=axis, keepdims=True) + 1e-6)
 
 
 @score("cosine", _cosine_parameters)
@@ -193,12 +211,13 @@ def cosine(
     """``cos(x, mu_e) / temperature``: whatever the lengths of x and mu.
 
     X-MoE, arXiv 2204.09179 (there in a narrower space). Soft MoE, arXiv 2308.00951,
-    is ``learn_scale``: 1 / temperature is where the learned scale begins.
+    is ``learn_scale``: 1 / temperature is where the learned scale begins. ProMoE's prototypes
+    (arXiv 2510.24711) have no temperature and ``init_std`` 0.02; an ``init_std`` of 0 is
+    ``d^-0.5``.
     """
-    # As in Soft MoE's code: no division by zero, and unit length but for 1e-6.
-    unit = lambda v, axis: v * lax.rsqrt(jnp.square(v).sum(axis=axis, keepdims=True) + 1e-6)
     dtype = jnp.promote_types(x_snd.dtype, jnp.float32)
-    logits = project(unit(x_snd.astype(dtype), -1), unit(params["prototype_mde"], 1), modality_sn)
+    prototype_mde = unit_length(params["prototype_mde"], 1)
+    logits = project(unit_length(x_snd.astype(dtype), -1), prototype_mde, modality_sn)
     if "scale_m" not in params:
         return logits / temperature
     scale_m = params["scale_m"].astype(logits.dtype)

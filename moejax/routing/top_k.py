@@ -22,10 +22,11 @@ def _check_top_k(num_experts: int, options: Mapping[str, Any]) -> None:
     checks.require_choice(options, "group_score", ("max", "top2"))
     checks.require_above_zero(options, "scale")
     checks.require_at_least(options, "noise_scale", 0)
+    checks.require_shares(options)
     checks.require_option(
         options["normalise_first"] or options["normalise"] == "softmax",
         "normalise_first",
-        "sigmoid scores are the same before and after the choice; leave it True",
+        f"{options['normalise']} scores are the same before and after the choice; leave it True",
     )
     groups, kept = options["num_groups"], options["top_groups"]
     checks.require_option(
@@ -60,6 +61,7 @@ def top_k(
     scale: float = 1.0,
     noise: str = "",
     noise_scale: float = 1.0,
+    noisy_weights: bool = True,
     num_groups: int = 1,
     top_groups: int = 1,
     group_score: str = "max",
@@ -72,17 +74,20 @@ def top_k(
     top-k, weights as they are, which sum to less than 1. ``renormalise`` makes them sum to 1.
     DeepSeek-V3 (arXiv 2412.19437, eq. 12 to 16): sigmoid, renormalise, scale=2.5, num_groups=8,
     top_groups=4, group_score="top2"; ``inputs.select_bias`` takes part in the choice alone.
+    MoDE (arXiv 2412.12953): noise="gumbel" with noisy_weights=False and renormalise draws k experts
+    from the softmax in training, without putting them back.
 
     Args:
       inputs: see :class:`RouterInputs`.
       top_k: experts of a token.
-      normalise: "softmax" or "sigmoid".
+      normalise: "softmax", "sigmoid", or "identity": logits as they are (ProMoE, arXiv 2510.24711).
       normalise_first: False takes the softmax over the chosen logits alone (sum 1).
       renormalise: weights over their sum.
       scale: multiplies the weights.
       noise: on logits in training: "gaussian" (noise_scale / E), "gumbel" or "logistic". The choice
-        and the weights see it, ``probs`` do not.
+        sees it, ``probs`` do not.
       noise_scale: multiplies the noise.
+      noisy_weights: whether the weights see the noise too.
       num_groups: experts in equal groups of neighbours, of which a token uses ``top_groups``.
       top_groups: see there.
       group_score: a group's best score, or the sum of its "top2".
@@ -101,7 +106,7 @@ def top_k(
     ids = largest(biased, allowed, top_k)
     weights, shared_weights = weigh(
         inputs,
-        logits,
+        logits if noisy_weights else inputs.logits,
         ids,
         kind=normalise,
         normalise_first=normalise_first,
@@ -176,6 +181,7 @@ def _wins(
 def _check_sinkhorn(num_experts: int, options: Mapping[str, Any]) -> None:
     checks.require_top_k(options, num_experts)
     checks.require_choice(options, "normalise", KINDS)
+    checks.require_shares(options)
     checks.require_above_zero(options, "temperature")
     checks.require_at_least(options, "iterations", 1)
     checks.require_above_zero(options, "scale")
@@ -207,7 +213,7 @@ def sinkhorn_choice(
     Args:
       inputs: see :class:`RouterInputs`.
       top_k: experts of a token.
-      normalise: what the weights are: "softmax" or "sigmoid".
+      normalise: what the weights are: "softmax", "sigmoid" or "identity".
       renormalise: weights over their sum.
       scale: multiplies the weights.
       temperature: of the plan (:func:`moejax.routing.normalise.sinkhorn`).

@@ -85,6 +85,7 @@ def _one_by_one(
 def _check_threshold(num_experts: int, options: Mapping[str, Any]) -> None:
     checks.require_top_k(options, num_experts)
     checks.require_choice(options, "normalise", KINDS)
+    checks.require_shares(options)
     value = options["threshold"]
     checks.require_option(0 <= value < 1, "threshold", f"must be from 0 to below 1, got {value:g}")
 

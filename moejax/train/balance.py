@@ -1,9 +1,10 @@
 """Biases of routers: parameters that no gradient moves, but a controller after each step.
 
 A bias takes part in the choice of experts (``model.moe.balance``), or of a token's number of steps
-(``model.recursion.balance``), and in nothing else. It lies among the parameters, so that
-checkpoints, sampling and ``train.init_from`` have it like them; the optimizer takes it as frozen.
-The controller sees the counts of the whole batch, summed over microbatches and devices.
+(``model.recursion.balance``), and in nothing else; so does the threshold of an auxiliary router
+(``model.moe.causal_router_decay``). They lie among the parameters, so that
+checkpoints, sampling and ``train.init_from`` have them too; the optimizer takes them as frozen.
+Controllers see sums over the whole batch, its microbatches and devices.
 """
 
 import functools
@@ -15,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config.depth import STEP_BIAS, RecursionConfig
-from moejax.config.moe import SELECT_BIAS, MoEConfig
-from moejax.routing import fair_counts, update_bias
+from moejax.config.moe import CAUSAL_THRESHOLD, SELECT_BIAS, MoEConfig
+from moejax.routing import fair_counts, move_threshold, update_bias
 from moejax.train.leaves import named_leaves, path_name
 
-_BIASES = (SELECT_BIAS, STEP_BIAS)
+_BIASES = (SELECT_BIAS, STEP_BIAS, CAUSAL_THRESHOLD)
 
 
 def controlled_rules(params: Any) -> tuple[str, ...]:
@@ -35,6 +36,8 @@ def make_controller(config: Any) -> Callable[[Any, dict], Any]:
     moved: dict[str, Callable] = {}
     if moe is not None and moe.balance.name != "none":
         moved[SELECT_BIAS] = functools.partial(_of_experts, moe)
+    if moe is not None and moe.causal_router_decay:
+        moved[CAUSAL_THRESHOLD] = functools.partial(_of_causal_router, moe)
     if recursion is not None and recursion.balance.name != "none":
         moved[STEP_BIAS] = functools.partial(_of_steps, recursion)
     if not moved:
@@ -76,6 +79,13 @@ def _of_experts(moe: MoEConfig, bias_le: jax.Array, statistics: dict, router: st
         )
 
     return jax.vmap(one_layer)(bias_le, statistics["routing"][router]["statistics"]["chosen_me"])
+
+
+def _of_causal_router(
+    moe: MoEConfig, threshold_le: jax.Array, statistics: dict, router: str
+) -> jax.Array:
+    one_layer = functools.partial(move_threshold, decay=moe.causal_router_decay)
+    return jax.vmap(one_layer)(threshold_le, statistics["routing"][router]["statistics"])
 
 
 def _of_steps(

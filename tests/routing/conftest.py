@@ -33,6 +33,8 @@ def make_inputs():
             modality=draw.integers(0, 2, (s, n), dtype=np.int32),
             token_ids=draw.integers(0, 50, (s, n), dtype=np.int32),
             causal_logits=draw.normal(size=(s, n, e)).astype(np.float32),
+            tokens=draw.normal(size=(s, n, 5)).astype(np.float32),
+            score_params={"prototype_mde": draw.normal(size=(1, 5, e)).astype(np.float32)},
             num_ffn=e,
             num_modalities=2,
         )

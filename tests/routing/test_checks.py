@@ -42,6 +42,18 @@ def message(name, options, experts=8, causal=False):
             FIELD + "top_groups:",
             "fewer than top_k=4; raise it",
         ),
+        (
+            "top_k",
+            {"normalise": "identity", "renormalise": True},
+            FIELD + "renormalise:",
+            "may be negative",
+        ),
+        (
+            "expert_choice",
+            {"normalise": "identity", "weights": "share"},
+            FIELD + "weights:",
+            "choose 'scores'",
+        ),
         ("top_k", {"group_score": "mean"}, FIELD + "group_score:", "'max', 'top2'"),
         (
             "top_k",

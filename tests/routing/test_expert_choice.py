@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.routing import ROUTERS
+from moejax.routing import ROUTERS, last_taken, move_threshold
 
 E = 6
 # Three experts of text, three of pictures.
@@ -118,7 +118,7 @@ def test_bound_of_choices_holds(run, make_inputs):
 
 def test_the_choice_of_a_batch_depends_on_it_and_the_causal_rules_do_not(run, make_inputs):
     """One group of all rows, against the same rows in another batch."""
-    rows = make_inputs(s=2, padding=0)
+    rows = make_inputs(s=2, padding=0, score_params=None)
     batch = lambda x: x.reshape(1, 24, *x.shape[2:])
     here = jax.tree.map(lambda x: batch(x.copy()), rows)
     rows.logits[1] += 3
@@ -142,6 +142,40 @@ def test_aux_router_chooses_and_the_main_scores_weigh(run, make_inputs):
     assert plan.max_choices is None
     with pytest.raises(ValueError, match="causal_logits"):
         run(expert_choice, make_inputs(causal_logits=None, train=False), causal_rule="aux_router")
+
+
+def test_aux_router_has_a_threshold_for_each_expert(run, make_inputs):
+    """And may say only how many tokens an expert takes: those of its highest scores."""
+    threshold = np.linspace(0.1, 0.9, E, dtype=np.float32)
+    inputs = make_inputs(train=False, causal_threshold=threshold)
+    wanted = (sigmoid(inputs.causal_logits) > threshold) & inputs.valid[..., None]
+    plan = run(expert_choice, inputs, causal_rule="aux_router")
+    np.testing.assert_array_equal(taken(plan), wanted)
+    counted = run(expert_choice, inputs, causal_rule="aux_count")
+    counts = wanted.sum(axis=1)
+    assert len(np.unique(counts)) > 3
+    rank = np.argsort(np.argsort(np.where(inputs.valid[..., None], -inputs.logits, 9), 1), 1)
+    np.testing.assert_array_equal(taken(counted), rank < counts[:, None])
+
+
+def test_threshold_is_that_of_the_last_token_taken(run, make_inputs):
+    """Two of twelve tokens and two of nine: the second largest probability of each column."""
+    inputs = make_inputs()
+    plan = run(expert_choice, inputs)
+    sums = run(last_taken, inputs, plan)
+    probs = np.sort(np.where(inputs.valid[..., None], sigmoid(inputs.causal_logits), 0), axis=1)
+    np.testing.assert_allclose(sums["last_e"], probs[:, -2].sum(axis=0), rtol=1e-5)
+    np.testing.assert_array_equal(sums["groups_e"], 2)
+    before = np.linspace(0, 1, E, dtype=np.float32)
+    after = run(move_threshold, before, sums, decay=0.95)
+    np.testing.assert_allclose(after, 0.95 * before + 0.05 * probs[:, -2].mean(axis=0), rtol=1e-5)
+    # An expert that nobody could choose keeps its threshold.
+    allowed = np.broadcast_to(np.arange(E) != 3, (2, 12, E))
+    closed = dataclasses.replace(inputs, allowed=allowed)
+    sums = run(last_taken, closed, run(expert_choice, closed))
+    assert sums["groups_e"][3] == 0 and np.isfinite(sums["last_e"]).all()
+    after = run(move_threshold, before, sums, decay=0.95)
+    np.testing.assert_array_equal((after == before)[[0, 3, 5]], [False, True, False])
 
 
 def test_threshold_rule(run, make_inputs):

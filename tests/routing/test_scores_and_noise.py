@@ -102,7 +102,9 @@ def test_linear_and_mlp_by_hand(apply):
     np.testing.assert_allclose(tanh, np.tanh(X @ wi) @ wo, rtol=1e-4, atol=1e-5)
     gelu = apply("mlp", params, activation="gelu")
     assert np.abs(gelu - tanh).max() > 1e-3
-    assert SCORES.get("mlp").shapes(D, E)["router_wi_mdf"][0] == (1, D, 8 * E)
+    shape, init = SCORES.get("mlp").shapes(D, E, wi_std=0.5)["router_wi_mdf"]
+    assert shape == (1, D, 8 * E)
+    assert init(jax.random.key(0), (1, 40, 40)).std() == pytest.approx(0.5, rel=0.05)
 
 
 def test_cosine_is_blind_to_lengths(apply):

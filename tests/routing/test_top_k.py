@@ -82,6 +82,28 @@ def test_fewer_allowed_than_chosen(run, make_inputs):
     np.testing.assert_array_equal(plan.weights[0], np.tile([1.0, 0.0], (12, 1)))
 
 
+def test_experts_are_drawn_without_putting_them_back(run, make_inputs):
+    """MoDE: pairs as often as drawing from p twice has them, weights from p itself."""
+    p = np.float32([0.4, 0.3, 0.2, 0.1, 0])
+    tokens = 40_000
+    logits = np.broadcast_to(np.log(np.maximum(p, 1e-30)), (1, tokens, 5))
+    inputs = make_inputs(s=1, n=tokens, e=5, padding=0, logits=logits, rng=jax.random.key(0))
+    options = dict(noise="gumbel", noisy_weights=False, renormalise=True)
+    plan = run(top_k, inputs, **options)
+    assert not (plan.expert_ids == 4).any(), "an expert of probability 0 was drawn"
+    first, second = plan.expert_ids[0].T
+    counts = np.zeros((5, 5))
+    np.add.at(counts, (first, second), 1)
+    expected = p[:, None] * p[None] / (1 - p[:, None])
+    np.fill_diagonal(expected, 0)
+    np.testing.assert_allclose(counts / tokens, expected, atol=0.01)
+    own = p[plan.expert_ids]
+    np.testing.assert_allclose(plan.weights, own / own.sum(-1, keepdims=True), rtol=1e-5)
+    # Evaluation takes the likeliest two.
+    still = run(top_k, dataclasses.replace(inputs, train=False), **options)
+    np.testing.assert_array_equal(still.expert_ids[0, 0], [0, 1])
+
+
 def test_deepseek_v3_uses_few_groups_and_sums_to_its_scale(run, make_inputs):
     inputs = make_inputs(padding=0, select_bias=BIAS)
     plan = run(top_k, inputs, **{**V3, "top_k": 4})
