@@ -16,7 +16,6 @@ their time is ``1 - t`` and their target ``x0 - eps``, the negative of the one h
 latents [b, t, z]. Results have the dtype of the latents, which should be float32 or wider.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from moejax.config.diffusion import TimeSampling
 from moejax.config.registry import Registry
 
 # Steps of the discrete process.
@@ -52,20 +52,6 @@ class Process(NamedTuple):
 
 
 PROCESSES: Registry[Process] = Registry("diffusion process")
-
-
-@dataclasses.dataclass(frozen=True)
-class TimeSampling:
-    """How training draws t.
-
-    ``uniform``, or ``logit_normal``: ``sigmoid(mean + std * normal)`` (arXiv 2403.03206, section
-    3.1). Then ``t' = shift * t / (1 + (shift - 1) t)``: a shift above 1 favours noisy times.
-    """
-
-    distribution: str = "uniform"
-    mean: float = 0.0
-    std: float = 1.0
-    shift: float = 1.0
 
 
 def add_noise(
@@ -169,11 +155,9 @@ def sample_times(
     options = options or TimeSampling()
     if options.distribution == "uniform":
         t = 1.0 - jax.random.uniform(rng, shape, jnp.float32)
-    elif options.distribution == "logit_normal":
+    else:
         normal = jax.random.normal(rng, shape, jnp.float32)
         t = jax.nn.sigmoid(options.mean + options.std * normal)
-    else:
-        raise ValueError(f"no distribution of times {options.distribution!r}")
     t = _shifted(t, options.shift) * jnp.broadcast_to(jnp.asarray(max_time, jnp.float32), shape)
     levels = PROCESSES.get(process).levels
     if levels:
