@@ -26,6 +26,7 @@ from moejax.config.schema import (
     TwoTowersConfig,
     ViTConfig,
 )
+from moejax.config.towers import Tower
 from moejax.config.trunk import AROUND_OTHERS
 from moejax.models import build_model
 from moejax.models.autoencoder import CHANNELS
@@ -149,6 +150,8 @@ def decoder_flops(config: Config) -> dict[str, TokenFlops] | None:
         name: adapter if continuous and name == "image" else adapter + logits
         for name in model.modalities
     }
+    for tower in model.tower_shapes:
+        ends[tower.name] += _bridges(model, tower)
     return {
         name: sum((BLOCK_FLOPS.get(kind)(own, index, length) for kind, own in kinds), ends[name])
         for index, name in enumerate(model.modalities)
@@ -274,16 +277,17 @@ def adapter_products(model: DecoderConfig, length: int) -> float:
 
     A U-Net runs on as many pictures as fit in a row (moejax/nn/patch_adapter.py, unet.py).
     """
-    latents, d = model.latents, model.d_model
+    latents, d = model.latents, model.width_of("image")
+    reader = latents.size * model.width_of(latents.read_by) if latents.read_by else 0
     if latents.adapter == "linear":
-        return (2 * latents.size + TIME_FREQUENCIES) * d
+        return (2 * latents.size + TIME_FREQUENCIES) * d + reader
     width, cells = latents.unet_width, latents.patch**2
     # 3x3 convolutions in and out, two of each block (the second reads the skip as well), shortcut.
     per_cell = 9 * (2 * latents.channels * width + 5 * width**2) + 2 * width**2
     time = TIME_FREQUENCIES * width + 2 * width**2
     per_patch = cells * (per_cell + 2 * d * width) + time / latents.tokens_per_image
     patches = max_pictures(length, latents.tokens_per_image) * latents.tokens_per_image
-    return per_patch * patches / length
+    return per_patch * patches / length + reader
 
 
 @MODEL_FLOPS.register("fsq_autoencoder")
@@ -311,9 +315,15 @@ def _autoencoder(model: AutoencoderConfig, features: int) -> TokenFlops:
 
 @BLOCK_FLOPS.register("untied")
 def untied_block_flops(model: TrunkConfig, modality: int, length: int) -> TokenFlops:
-    """A transformer block; untied weights cost what shared ones do."""
-    width = model.ffn_hidden[modality % len(model.ffn_hidden)]
-    return _attention(model, length) + _mlp(model, width) + _modulation(model, length)
+    """A transformer block; untied weights cost what shared ones do, narrow towers less."""
+    hidden = model.ffn_hidden[modality % len(model.ffn_hidden)]
+    if not model.tower_shapes:
+        return _attention(model, length) + _mlp(model, hidden) + _modulation(model, length)
+    tower, h = model.tower_shapes[modality], model.head_dim
+    heads = 2 * (tower.heads + tower.kv_heads) * h
+    # Every token has the heads of the widest tower, be they zero.
+    attention = 4.0 * length * model.num_heads * h
+    return TokenFlops(2.0 * tower.width * (heads + 3 * hidden), attention, 0.0)
 
 
 @BLOCK_FLOPS.register("dense")
@@ -395,6 +405,14 @@ def _attention(model: TrunkConfig, length: int) -> TokenFlops:
 def _modulation(model: TrunkConfig, length: int) -> TokenFlops:
     """The shift, the scale and the gate of two branches, once for each row."""
     products = 6 * model.d_model**2 / length if model.modulated else 0.0
+    return TokenFlops(2.0 * products, 0.0, 0.0)
+
+
+def _bridges(model: TrunkConfig, tower: Tower) -> TokenFlops:
+    """From the heads of a tower to the common ones and back, in layers that share attention."""
+    layers = sum(model.share_attention) if model.share_attention else model.num_layers
+    pairs = 2 * tower.heads * model.num_heads + 2 * tower.kv_heads * model.kv_heads
+    products = layers * pairs * model.head_dim**2 if tower.bridged else 0
     return TokenFlops(2.0 * products, 0.0, 0.0)
 
 

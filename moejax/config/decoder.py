@@ -22,11 +22,19 @@ class LatentConfig:
     unet_width: int = 64
     # Patches of one picture see each other in both directions.
     bidirectional: bool = True
+    # All patches of a picture have one position in the row, and what follows the next.
+    one_position: bool = False
+    # Where a patch lies in its picture: "none", or "sincos", a fixed table that is added to it.
+    places: str = "none"
+    # The modality whose tower reads pictures that are clean (time 0), through a linear map of
+    # their own; "": clean pictures are what noisy ones are.
+    read_by: str = ""
 
     def __post_init__(self):
         require(self.channels >= 0, "model.latents.channels", "must not be negative")
         require_positive(self, "model.latents", ("patch", "grid", "unet_width"))
         require_one_of(self.adapter, ("linear", "unet"), "model.latents.adapter")
+        require_one_of(self.places, ("none", "sincos"), "model.latents.places")
         require(
             self.grid % self.patch == 0,
             "model.latents.patch",
@@ -62,8 +70,25 @@ class DecoderConfig(TrunkConfig):
             "model.depth.eval_room",
             "is 0 where pictures are latents, which are denoised beside the cache",
         )
+        reader = self.latents.read_by
+        require(
+            reader in ("", *self.modalities),
+            "model.latents.read_by",
+            f"{reader!r} is none of model.modalities={self.modalities}",
+        )
+        for name in ("image", reader) if self.latents.places == "sincos" else ():
+            require(
+                not name or self.width_of(name) % 4 == 0,
+                "model.latents.places",
+                f"'sincos' needs widths that 4 divides, got {self.width_of(name)} of {name}",
+            )
 
     @property
     def by_modality(self) -> bool:
         """Patches of latents alone go through the adapter, text alone has logits."""
         return super().by_modality or self.latents.channels > 0
+
+    def width_of(self, modality: str) -> int:
+        """Features of the tower of a modality; those of the model if there is no such tower."""
+        widths = {tower.name: tower.width for tower in self.tower_shapes}
+        return widths.get(modality, self.d_model)

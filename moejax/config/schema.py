@@ -205,26 +205,29 @@ class TransfusionConfig:
     name: str = "transfusion"
     # "ddpm" predicts the noise on the cosine schedule, "flow" the velocity of straight paths.
     process: str = "ddpm"
-    # lambda of L = L_LM + lambda * L_image.
+    # L = text_weight * L_LM + image_weight * L_image.
+    text_weight: float = 1.0
     image_weight: float = 5.0
     z_loss: float = 0.0
-    # Most noise in a picture that comes before its text, as a share of all times.
+    times: TimeSampling = dataclasses.field(default_factory=TimeSampling)
+    # Most noise in a picture that comes before its text, as a share of all times. At 0 it is clean,
+    # and nothing is to be denoised.
     max_time_image_first: float = 1.0
 
     def __post_init__(self):
         require_one_of(self.process, ("ddpm", "flow"), "objective.process")
-        for name in ("image_weight", "z_loss"):
+        for name in ("text_weight", "image_weight", "z_loss"):
             require(getattr(self, name) >= 0, f"objective.{name}", "must not be negative")
         require(
-            0 < self.max_time_image_first <= 1,
+            0 <= self.max_time_image_first <= 1,
             "objective.max_time_image_first",
-            "must be in (0, 1]",
+            "must be in [0, 1]",
         )
 
     @property
     def diffusion(self) -> Diffusion:
         """The process of the pictures."""
-        return Diffusion(self.process)
+        return Diffusion(self.process, times=self.times)
 
 
 @OBJECTIVE_CONFIGS.register("autoencode")

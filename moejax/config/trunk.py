@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Self
 from moejax.config.checks import require, require_one_of, require_positive
 from moejax.config.depth import DepthConfig, RecursionConfig
 from moejax.config.moe import MoEConfig
+from moejax.config.towers import Tower, TowersConfig, check_share_attention, check_towers, towers_of
 
 # Kinds of block that run another, model.depth.block.
 AROUND_OTHERS = ("mod", "recursive")
@@ -44,6 +45,9 @@ class TrunkConfig:
     # Between their matrices: "swiglu" (three matrices), or "gelu" (two), shared by all modalities.
     ffn_activation: str = "swiglu"
     untie: UntieConfig = dataclasses.field(default_factory=UntieConfig)
+    towers: TowersConfig = dataclasses.field(default_factory=TowersConfig)
+    # For each layer, whether tokens see those of other modalities in it; () in all of them.
+    share_attention: tuple[bool, ...] = ()
     moe: MoEConfig = dataclasses.field(default_factory=MoEConfig)
     depth: DepthConfig = dataclasses.field(default_factory=DepthConfig)
     recursion: RecursionConfig = dataclasses.field(default_factory=RecursionConfig)
@@ -139,6 +143,8 @@ class TrunkConfig:
             f"{pool} layers share their experts: model.block_pattern names as many blocks (now "
             f"{period}), which divide the {middle} layers that it is repeated over",
         )
+        check_share_attention(self)
+        check_towers(self)
 
     @property
     def kv_heads(self) -> int:
@@ -157,6 +163,11 @@ class TrunkConfig:
     @property
     def head_dim(self) -> int:
         return self.head_size or self.d_model // self.num_heads
+
+    @property
+    def tower_shapes(self) -> tuple[Tower, ...]:
+        """The size of each modality's tower; () where all are alike."""
+        return towers_of(self)
 
     def block_kinds(self) -> tuple[str, ...]:
         """The kind of each of the ``num_layers`` blocks, in order."""

@@ -13,11 +13,13 @@ class KVCache(struct.PyTreeNode):
     Each attention has its own ``{"k", "v"}`` [l, b, s, g, h] and ``"filled"`` [l, b] i32, the slots
     that are in use: those of different layers may differ in length, where some tokens skip a layer.
     ``filled_b`` [b] i32 counts the tokens of each sequence, skipped or not, so rows of unequal
-    length share a batch.
+    length share a batch; ``position_b`` [b] i32 is the position of its next token, which is less
+    where a picture counts as one (``model.latents.one_position``).
     """
 
     rows: dict
     filled_b: jax.Array
+    position_b: jax.Array
 
 
 def init_cache(model: Any, params: Any, batch_size: int, capacity: int) -> KVCache:
@@ -33,7 +35,8 @@ def init_cache(model: Any, params: Any, batch_size: int, capacity: int) -> KVCac
         slots = {name: jnp.zeros(x.shape, x.dtype) for name, x in rows.items() if name != "kept"}
         return {**slots, "filled": jnp.zeros(rows["kept"].shape[:-1], jnp.int32)}
 
-    return KVCache(_map_rows(empty, shapes), jnp.zeros((batch_size,), jnp.int32))
+    zeros_b = jnp.zeros((batch_size,), jnp.int32)
+    return KVCache(_map_rows(empty, shapes), zeros_b, zeros_b)
 
 
 def write_rows(cache: KVCache, rows: dict, num_valid_b: jax.Array) -> KVCache:
@@ -68,7 +71,11 @@ def write_rows(cache: KVCache, rows: dict, num_valid_b: jax.Array) -> KVCache:
         done["filled"] = filled_lb.astype(jnp.int32)
         return {name: value.reshape(slots[name].shape) for name, value in done.items()}
 
-    return KVCache(_map_rows(write, rows, cache.rows), cache.filled_b + num_valid_b)
+    return KVCache(
+        _map_rows(write, rows, cache.rows),
+        cache.filled_b + num_valid_b,
+        cache.position_b + num_valid_b,
+    )
 
 
 def _map_rows(function: Any, rows: dict, *others: dict) -> dict:

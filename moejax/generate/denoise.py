@@ -151,7 +151,7 @@ def predict(model, params, cache, x_bpz: Array, time: Array) -> Array:
         "tokens": whole(PATCH),
         "modality": whole(model.config.modalities.index("image")),
         "segments": whole(1),
-        "positions": cache.filled_b[:, None] + jnp.arange(p, dtype=jnp.int32)[None],
+        "positions": cache.position_b[:, None] + jnp.arange(p, dtype=jnp.int32)[None],
         "image_id": whole(1),
         "latents": x_bpz,
         "times": whole(time, jnp.float32),

@@ -21,6 +21,7 @@ from moejax.generate.grammar import (
     progress_of_prompt,
 )
 from moejax.generate.sampling import Sampling, choose, guide, mask_logits, row_keys
+from moejax.ops.pictures import one_position_each
 from moejax.parallel.mesh import mesh_of
 
 # Prompts are padded to a multiple of this, so that few lengths are compiled.
@@ -155,6 +156,10 @@ def prefill(
     known = {"row_length": capacity} if depth_room(model) else {}
     out = model.apply({"params": params}, batch, train=False, **known)
     cache = write_rows(init_cache(model, params, b, capacity), out.rows, length_b)
+    if latents_btz is not None and model.config.latents.one_position:
+        names = ("positions", "image_id", "segments")
+        position_bt = one_position_each(*(batch[name] for name in names))
+        cache = cache.replace(position_b=position_bt[jnp.arange(b), length_b - 1] + 1)
     return out.logits[jnp.arange(b), length_b - 1], cache
 
 
@@ -173,13 +178,13 @@ def decode(
       (logits [b, v], meaningless in rows that are not active; cache).
     """
     num_b = active_b.astype(jnp.int32)
-    batch = _batch(model, vocabulary, token_b[:, None], cache.filled_b, num_b)
+    batch = _batch(model, vocabulary, token_b[:, None], cache.position_b, num_b)
     out = model.apply({"params": params}, batch, train=False, cache=cache.rows)
     return out.logits[:, 0], write_rows(cache, out.rows, num_b)
 
 
 def _batch(model, vocabulary: Vocabulary, tokens_bt, start_b, num_b) -> dict[str, jax.Array]:
-    """A decoder batch of tokens at places ``start_b`` on, of which ``num_b`` are real."""
+    """A decoder batch of tokens at positions ``start_b`` on, of which ``num_b`` are real."""
     modalities = model.config.modalities
     # Kinds that the model has no tower for never occur.
     towers_k = jnp.asarray([modalities.index(k) if k in modalities else 0 for k in KINDS])

@@ -4,8 +4,12 @@ One sequence of text, image, ... tokens, one vocabulary, one causal self-attenti
 (Chameleon, arXiv 2405.09818); any of QKV, output projection, feed-forward and norms may be of
 each modality's own (Mixture-of-Transformers, arXiv 2411.04996). With ``model.latents`` pictures
 are no codes of the vocabulary but noisy latent vectors, which the same stack denoises
-(Transfusion, arXiv 2408.11039).
+(Transfusion, arXiv 2408.11039). Towers may see each other in some layers only, differ in width
+(HBridge, arXiv 2511.20520), and go by role: pictures that are clean are read by the tower of text
+(BAGEL, arXiv 2505.14683).
 """
+
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,10 +30,12 @@ from moejax.nn.layers import (
     param_dtype,
     partitioned,
 )
-from moejax.nn.patch_adapter import patch_adapter
+from moejax.nn.patch_adapter import Reader, patch_adapter
 from moejax.nn.stack import Stack
 from moejax.ops.attention import multimodal_mask
-from moejax.ops.untied import untied_linear
+from moejax.ops.pictures import one_position_each, patch_numbers
+from moejax.ops.positions import grid_positions, sincos_table
+from moejax.ops.untied import untied_linear, widen
 from moejax.parallel.local import (
     FEATURES,
     PER_DEVICE,
@@ -44,7 +50,8 @@ class DecoderOutput:
     """What the decoder says of each token.
 
     Attributes:
-      logits: [b, t, v] in float32 or wider; zeros at patches of latents, which predict no token.
+      logits: [b, t, v] in float32 or wider; of no meaning at patches of latents, which predict no
+        token (zeros, but for those that the tower of text reads).
       aux: statistics of the blocks.
       rows: the keys and values of these tokens, keyed by segment of the stack, leaves
         [l, b, t, ...] (None in training; moejax.nn.attention says which).
@@ -99,18 +106,20 @@ class Decoder(nn.Module):
             param_dtype(cfg),
         )
         x_btd = embedding_vd.astype(dtype)[tokens]
-        adapter, memory = None, None
+        if towers := cfg.tower_shapes:
+            width_m = jnp.asarray([tower.width for tower in towers])
+            own = jnp.arange(cfg.d_model)[None, None] < width_m[modality][..., None]
+            x_btd = jnp.where(own, x_btd, 0)
+        adapter, memory, positions = None, None, batch["positions"]
         if "latents" in batch:
-            image_id = batch["image_id"]
             adapter = patch_adapter(cfg, name="patch_adapter")
-            latents = batch["latents"].astype(dtype)
-            times = batch.get("times", jnp.zeros(tokens.shape, jnp.float32))
-            patches_btd, memory = adapter.encode(latents, times, image_id)
-            x_btd = jnp.where(image_id[..., None] > 0, patches_btd, x_btd)
+            x_btd, modality, memory = self._place_pictures(x_btd, batch, adapter)
+            if cfg.latents.one_position:
+                positions = one_position_each(positions, batch["image_id"], segments)
         seen_as_one = pictures_seen_as_one(cfg, batch)
         ctx = Context(
             tokens_bt=tokens,
-            positions_bt=batch["positions"],
+            positions_bt=positions,
             modality_bt=modality,
             valid_bt=_valid(batch),
             segments_bt=segments,
@@ -125,8 +134,8 @@ class Decoder(nn.Module):
         )
         x_btd = constrain_tokens(x_btd)
         x_btd, rows, aux = Stack(cfg, name="stack")(x_btd, cache or {}, ctx)
-        towers = len(cfg.modalities) if cfg.untie.final_norm else 1
-        norm = Norm(cfg.norm, cfg.norm_eps, towers, param_dtype(cfg), name="final_norm")
+        num = len(cfg.modalities) if cfg.untie.final_norm else 1
+        norm = Norm(cfg.norm, cfg.norm_eps, num, param_dtype(cfg), towers, name="final_norm")
         x_btd = norm(x_btd, modality)
         if cfg.tie_embeddings:
             head_dv = embedding_vd.T
@@ -156,8 +165,33 @@ class Decoder(nn.Module):
         ).astype(param_dtype(cfg))
         denoised = None
         if adapter is not None:
-            denoised = adapter.decode(x_btd, memory).astype(param_dtype(cfg))
+            drawn_btd = x_btd[..., : cfg.width_of("image")]
+            denoised = adapter.decode(drawn_btd, memory).astype(param_dtype(cfg))
         return DecoderOutput(logits, aux, rows, denoised)
+
+    def _place_pictures(self, x_btd, batch: dict, adapter: Any) -> tuple[jax.Array, jax.Array, Any]:
+        """(tokens with patches in their places, modality by role, the adapter's memory)."""
+        cfg, d = self.config, x_btd.shape[-1]
+        image_id, modality = batch["image_id"], batch["modality"]
+        latents = batch["latents"].astype(x_btd.dtype)
+        times = batch.get("times", jnp.zeros(image_id.shape, jnp.float32))
+
+        def placed(patches_btd: jax.Array) -> jax.Array:
+            if cfg.latents.places == "sincos":
+                side = cfg.latents.grid // cfg.latents.patch
+                table_pd = sincos_table(grid_positions(side, side), patches_btd.shape[-1])
+                number = patch_numbers(image_id, batch["segments"])
+                patches_btd = patches_btd + jnp.asarray(table_pd, x_btd.dtype)[number]
+            return widen(patches_btd, d)
+
+        patches_btd, memory = adapter.encode(latents, times, image_id)
+        patches_btd = placed(patches_btd)
+        if cfg.latents.read_by:
+            read = (image_id > 0) & (times == 0)
+            modality = jnp.where(read, cfg.modalities.index(cfg.latents.read_by), modality)
+            read_btd = placed(Reader(cfg, name="reader")(latents))
+            patches_btd = jnp.where(read[..., None], read_btd, patches_btd)
+        return jnp.where(image_id[..., None] > 0, patches_btd, x_btd), modality, memory
 
 
 def pictures_seen_as_one(config: DecoderConfig, batch: dict) -> jax.Array | None:

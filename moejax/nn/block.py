@@ -21,6 +21,7 @@ from moejax.nn.layers import FeedForward, Norm, param_dtype
 from moejax.nn.modulation import Modulation, modulate
 from moejax.nn.moe import MoE
 from moejax.nn.moe_checks import check_moe
+from moejax.nn.tower_attention import TowerAttention
 
 # kind -> function(config, name of the submodule) -> Linen module with the signature above
 BLOCKS: Registry = Registry("block")
@@ -42,7 +43,8 @@ class TransformerBlock(nn.Module):
     def __call__(self, x_btd: jax.Array, carry, layer_state: dict, ctx: Context):
         cfg = self.config
         num = len(cfg.modalities)
-        attention = Attention(cfg, self.untie, name="attention")
+        kind = TowerAttention if cfg.tower_shapes else Attention
+        attention = kind(cfg, self.untie, name="attention")
         rows, aux = {}, {}
         vectors = []
         if cfg.modulated:
@@ -118,8 +120,10 @@ class ShortcutBlock(nn.Module):
 
 
 def make_norm(config: TrunkConfig, untie: UntieConfig, name: str) -> Norm:
-    towers = len(config.modalities) if untie.norms else 1
-    return Norm(config.norm, config.norm_eps, towers, param_dtype(config), name=name)
+    num = len(config.modalities) if untie.norms else 1
+    return Norm(
+        config.norm, config.norm_eps, num, param_dtype(config), config.tower_shapes, name=name
+    )
 
 
 def _dropout(x: jax.Array, rate: float, ctx: Context, index: int) -> jax.Array:

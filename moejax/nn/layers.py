@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax import axes
+from moejax.config.towers import Tower
 from moejax.config.trunk import TrunkConfig
 from moejax.experts.activations import activate
 from moejax.nn.context import Context
@@ -57,21 +58,35 @@ def partitioned(init: Callable, *names: str | None) -> Callable[..., Any]:
 
 
 class Norm(nn.Module):
-    """RMS or layer norm with a scale (and no bias), shared or per modality."""
+    """RMS or layer norm with a scale (and no bias), shared or per modality.
+
+    With ``towers`` each token's is over the features of its tower, and the others are zero.
+    """
 
     kind: str
     eps: float
     num: int
     param_dtype: jnp.dtype
+    towers: tuple[Tower, ...] = ()
 
     @nn.compact
     def __call__(self, x: jax.Array, modality_bt: jax.Array) -> jax.Array:
         """[b, t, ..., d] -> the same shape and dtype."""
         names = (axes.MODALITY, axes.EMBED if x.ndim == 3 else axes.HEAD_SIZE)
-        shape = (self.num, x.shape[-1])
-        scale_md = self.param(
-            "scale_md", partitioned(nn.initializers.ones, *names), shape, self.param_dtype
-        )
+
+        def scale_of(suffix: str, num: int, width: int) -> jax.Array:
+            ones = partitioned(nn.initializers.ones, *names)
+            return self.param(f"scale_md{suffix}", ones, (num, width), self.param_dtype)
+
+        if self.towers:
+            out = jnp.zeros_like(x)
+            for i, tower in enumerate(self.towers):
+                scale_md = scale_of(f"_{tower.name}", 1, tower.width)
+                own = norms.normalise(self.kind, x[..., : tower.width], self.eps) * scale_md[None]
+                here = (modality_bt == i)[..., None]
+                out = jnp.where(here, untied.widen(own.astype(x.dtype), x.shape[-1]), out)
+            return out
+        scale_md = scale_of("", self.num, x.shape[-1])
         scale = norms.select_by_modality(scale_md, modality_bt)
         scale = scale.reshape(*scale.shape[:2], *(1,) * (x.ndim - 3), x.shape[-1])
         return (norms.normalise(self.kind, x, self.eps) * scale).astype(x.dtype)
@@ -95,17 +110,23 @@ def modality_layout_of(config: TrunkConfig, modality_bt: jax.Array):
 
 
 def project(
-    x_btd: jax.Array, w_mdf: jax.Array, ctx: Context, backend: str, parts: tuple[int, ...]
+    x_btd: jax.Array,
+    w_mdf: jax.Array,
+    ctx: Context,
+    backend: str,
+    parts: tuple[int, ...],
+    tower: int | None = None,
 ) -> jax.Array:
     """``x @ w``, by modality if ``w`` has more than one tower; [b, t, d] -> [b, t, f].
 
-    Columns are split over the tensor axis, in the order of :func:`interleave` for ``parts``.
+    Columns are split over the tensor axis, in the order of :func:`interleave` for ``parts``. With
+    ``tower`` the weight is that tower's alone, and tokens of others get zeros.
     """
     w_mdf = interleave(w_mdf.astype(x_btd.dtype), parts)
-    if w_mdf.shape[0] == 1:
+    if w_mdf.shape[0] == 1 and tower is None:
         return jnp.einsum("btd,df->btf", x_btd, w_mdf[0])
     return run_local(
-        lambda x, layout, w: untied.untied_linear(x, w, layout, backend),
+        lambda x, layout, w: untied.untied_linear(x, w, layout, backend, group_offset=tower or 0),
         (x_btd, TOKENS),
         (ctx.layout, PER_DEVICE),
         (w_mdf, COLUMNS),
@@ -114,13 +135,19 @@ def project(
     )
 
 
-def project_back(x_btf: jax.Array, w_mfd: jax.Array, ctx: Context, backend: str) -> jax.Array:
+def project_back(
+    x_btf: jax.Array, w_mfd: jax.Array, ctx: Context, backend: str, tower: int | None = None
+) -> jax.Array:
     """``x @ w``, as :func:`project`, where the tensor axis splits what is summed over."""
     w_mfd = w_mfd.astype(x_btf.dtype)
-    if w_mfd.shape[0] == 1:
+    if w_mfd.shape[0] == 1 and tower is None:
         return jnp.einsum("btf,fd->btd", x_btf, w_mfd[0])
+
+    def local(x, layout, w):
+        return tensor_sum(untied.untied_linear(x, w, layout, backend, group_offset=tower or 0))
+
     return run_local(
-        lambda x, layout, w: tensor_sum(untied.untied_linear(x, w, layout, backend)),
+        local,
         (x_btf, FEATURES),
         (ctx.layout, PER_DEVICE),
         (w_mfd, INNER),
@@ -141,10 +168,10 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x_btd: jax.Array, ctx: Context) -> jax.Array:
-        cfg, d = self.config, x_btd.shape[-1]
+        cfg, towers = self.config, self.config.tower_shapes
         gated = cfg.ffn_activation == "swiglu"
 
-        def weights(suffix: str, num: int, width: int):
+        def weights(suffix: str, num: int, width: int, d: int = x_btd.shape[-1]):
             wi = self.param(
                 f"wi_mdf{suffix}",
                 partitioned(fan_in_normal((1,)), axes.MODALITY, axes.EMBED, axes.MLP),
@@ -159,12 +186,17 @@ class FeedForward(nn.Module):
             )
             return wi.astype(x_btd.dtype), wo.astype(x_btd.dtype)
 
-        if len(set(self.widths)) > 1:
-            towers = zip(cfg.modalities, self.widths, strict=True)
-            stacks = [weights(f"_{name}", 1, width) for name, width in towers]
+        widths = self.widths
+        if towers:
+            widths = widths if len(widths) > 1 else widths * len(towers)
+            pairs = zip(towers, widths, strict=True)
+            stacks = [weights(f"_{own.name}", 1, width, own.width) for own, width in pairs]
+        elif len(set(widths)) > 1:
+            pairs = zip(cfg.modalities, widths, strict=True)
+            stacks = [weights(f"_{name}", 1, width) for name, width in pairs]
         else:
-            stacks = [weights("", self.num, self.widths[0])]
-        widths = self.widths if len(stacks) > 1 else self.widths[:1]
+            widths = widths[:1]
+            stacks = [weights("", self.num, widths[0])]
         if gated:
             stacks = [
                 (interleave(wi, (width, width)), wo)

@@ -46,19 +46,20 @@ class LinearAdapter(nn.Module):
 
     def setup(self):
         cfg, z = self.config, self.config.latents.size
+        d = cfg.width_of("image")
         self.in_zd = self.param(
             "in_zd",
             partitioned(fan_in_normal((0,)), None, axes.EMBED),
-            (z, cfg.d_model),
+            (z, d),
             param_dtype(cfg),
         )
         self.out_dz = self.param(
             "out_dz",
             partitioned(nn.initializers.zeros, axes.EMBED, None),
-            (cfg.d_model, z),
+            (d, z),
             param_dtype(cfg),
         )
-        self.time = TimeEmbedding(cfg.d_model, param_dtype(cfg), name="time")
+        self.time = TimeEmbedding(d, param_dtype(cfg), name="time")
 
     def encode(self, latents_btz: jax.Array, times_bt: jax.Array, image_id_bt: jax.Array):
         """Returns (patches [b, t, d] in the dtype of the latents, nothing to remember)."""
@@ -84,9 +85,8 @@ class UNetAdapter(nn.Module):
 
     def setup(self):
         cfg, latents = self.config, self.config.latents
-        self.unet = UNet(
-            latents.channels, latents.unet_width, cfg.d_model, latents.patch, param_dtype(cfg)
-        )
+        d = cfg.width_of("image")
+        self.unet = UNet(latents.channels, latents.unet_width, d, latents.patch, param_dtype(cfg))
         self.time = TimeEmbedding(latents.unet_width, param_dtype(cfg), name="time")
 
     def encode(self, latents_btz: jax.Array, times_bt: jax.Array, image_id_bt: jax.Array):
@@ -115,11 +115,33 @@ class UNetAdapter(nn.Module):
         return place_pictures(predicted, image_id_bt, start_bi)
 
 
+class Reader(nn.Module):
+    """One linear map for the patches of pictures that are read, and so know no time.
+
+    Departure from BAGEL (arXiv 2505.14683), which reads pixels through a vision transformer: here
+    the tower that reads has the latents themselves.
+    """
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, latents_btz: jax.Array) -> jax.Array:
+        """[b, t, z] -> [b, t, d], the width of the tower ``latents.read_by``."""
+        cfg = self.config
+        in_zd = self.param(
+            "in_zd",
+            partitioned(fan_in_normal((0,)), None, axes.EMBED),
+            (cfg.latents.size, cfg.width_of(cfg.latents.read_by)),
+            param_dtype(cfg),
+        )
+        return jnp.einsum("btz,zd->btd", latents_btz, in_zd.astype(latents_btz.dtype))
+
+
 def patch_adapter(config: DecoderConfig, name: str) -> nn.Module:
     """The adapter that ``config.latents.adapter`` names.
 
     ``encode(latents [b, t, z], times [b, t], image_id [b, t]) -> (patches [b, t, d], memory)`` and
-    ``decode(hidden [b, t, d], memory) -> [b, t, z]``.
+    ``decode(hidden [b, t, d], memory) -> [b, t, z]``, with the d of the tower of pictures.
     """
     adapters = {"linear": LinearAdapter, "unet": UNetAdapter}
     return adapters[config.latents.adapter](config, name=name)

@@ -1,6 +1,7 @@
 """The depth of a model: scans over segments of a repeating period of blocks."""
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -18,29 +19,37 @@ from moejax.nn.moe import Experts
 
 
 class Segment(NamedTuple):
-    """``repeats`` copies of a period of block kinds, from layer ``first`` on."""
+    """``repeats`` copies of a period of block kinds, from layer ``first`` on.
+
+    In a ``separate`` one tokens see those of their own modality alone.
+    """
 
     kinds: tuple[str, ...]
     repeats: int
     first: int
+    separate: bool = False
 
 
 def segments_of(config: TrunkConfig) -> tuple[Segment, ...]:
-    """The fewest scans that cover the depth: first blocks, whole periods, rest, last blocks."""
+    """The fewest scans that cover the depth: first blocks, whole periods, rest, last blocks.
+
+    Where some layers do not share attention, one for each run of blocks that are alike.
+    """
     found: list[Segment] = []
 
-    def add(kinds: tuple[str, ...], repeats: int):
+    def add(kinds: tuple[str, ...], repeats: int, separate: bool = False):
         first = found[-1].first + len(found[-1].kinds) * found[-1].repeats if found else 0
         if kinds and repeats:
-            found.append(Segment(kinds, repeats, first))
+            found.append(Segment(kinds, repeats, first, separate))
 
-    def add_runs(kinds: tuple[str, ...]):
-        start = 0
-        for end in range(1, len(kinds) + 1):
-            if end == len(kinds) or kinds[end] != kinds[start]:
-                add((kinds[start],), end - start)
-                start = end
+    def add_runs(kinds: tuple[str, ...], share: tuple[bool, ...] = ()):
+        layers = list(zip(kinds, share or (True,) * len(kinds), strict=True))
+        for (kind, shared), run in itertools.groupby(layers):
+            add((kind,), len(list(run)), separate=not shared)
 
+    if not all(config.share_attention):
+        add_runs(config.block_kinds(), config.share_attention)
+        return tuple(found)
     period = config.block_pattern
     middle = config.num_layers - len(config.first_blocks) - len(config.last_blocks)
     add_runs(config.first_blocks)
@@ -121,7 +130,7 @@ class Stack(nn.Module):
                 unroll=segment.repeats if self.config.unroll else 1,
                 metadata_params={nn.PARTITION_NAME: axes.LAYERS},
             )
-            own = ctx.replace(stored=stored and stored[name])
+            own = ctx.replace(stored=stored and stored[name], separate=segment.separate)
             fresh = initial_carry(self.config, segment, x_btd)
             same = jax.tree.map(jnp.shape, carry) == jax.tree.map(jnp.shape, fresh)
             carry = carry if same else fresh

@@ -33,7 +33,7 @@ def add_picture_noise(batch: dict, rng: Array, config: TransfusionConfig, patche
     opening = jnp.take_along_axis(batch["positions"], jnp.minimum(start_bi, t - 1), axis=1) == 2
     cap_bi = jnp.where(opening, config.max_time_image_first, 1.0)
     times_bi = diffusion_times.sample_times(process, time_rng, start_bi.shape, max_time=cap_bi)
-    times = per_token(times_bi, image_id)
+    times = per_token(jnp.where(cap_bi > 0, times_bi, 0), image_id)
     noise = jax.random.normal(noise_rng, latents.shape, latents.dtype)
     return {
         **batch,
@@ -54,11 +54,12 @@ def text_weights(batch: dict, modality: int) -> Float[Array, "b t"]:
 
 @OBJECTIVES.register("transfusion")
 def transfusion(config: TransfusionConfig, model: DecoderConfig):
-    """``L_LM + image_weight * L_image``: nats a text token, squared error a latent number.
+    """``text_weight * L_LM + image_weight * L_image``: nats a text token, squared error a number.
 
-    ``L_image`` is the mean of ``(prediction - target)^2`` over the numbers of all pictures, each
-    picture at a time of its own. Logged beside the trained terms ``token``, ``image`` (and ``z``):
-    ``text``, ``structure`` and ``text_correct`` as in the next-token objective.
+    ``L_image`` is the mean of ``(prediction - target)^2`` over the latent numbers of all pictures
+    that are not clean, each picture at a time of its own. Logged beside the trained terms
+    ``token``, ``image`` (and ``z``): ``text``, ``structure`` and ``text_correct`` as in the
+    next-token objective.
     """
     text = model.modalities.index("text")
 
@@ -85,13 +86,17 @@ def transfusion(config: TransfusionConfig, model: DecoderConfig):
         return LossSums(
             sums={name: (value * weight).sum() for name, (value, weight) in counted.items()},
             weights={name: weight.sum() for name, (_, weight) in counted.items()},
-            coefficients=(("token", 1.0), ("image", config.image_weight), ("z", config.z_loss)),
+            coefficients=(
+                ("token", config.text_weight),
+                ("image", config.image_weight),
+                ("z", config.z_loss),
+            ),
         )
 
     return Objective(loss, prepare)
 
 
 def patch_weights(batch: dict) -> Bool[Array, "b t"]:
-    """Which patches count: all of rows that are no filler."""
+    """Which patches count: those that are noisy, of rows that are no filler."""
     real = (batch["weights"] > 0).any(axis=1, keepdims=True)
-    return (batch["image_id"] > 0) & real
+    return (batch["image_id"] > 0) & (batch["times"] > 0) & real

@@ -1,6 +1,7 @@
 """Pictures inside of packed sequences: which tokens they are, and their patches apart."""
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 
@@ -53,3 +54,34 @@ def max_pictures(length: int, patches: int) -> int:
     At least one: a row that is a picture alone, as in sampling.
     """
     return max(1, length // (patches + 4))
+
+
+def patch_numbers(image_id_bt: Int[Array, "b t"], segments_bt: Int[Array, "b t"]) -> Array:
+    """The number of each patch in its picture, [b, t] from 0; 0 outside of pictures."""
+    index_bt = jnp.broadcast_to(jnp.arange(image_id_bt.shape[1])[None], image_id_bt.shape)
+    first_bt = (_left(image_id_bt) != image_id_bt) | (_left(segments_bt) != segments_bt)
+    start_bt = lax.cummax(jnp.where(first_bt, index_bt, 0), axis=1)
+    return jnp.where(image_id_bt > 0, index_bt - start_bt, 0)
+
+
+def one_position_each(
+    positions_bt: Int[Array, "b t"],
+    image_id_bt: Int[Array, "b t"],
+    segments_bt: Int[Array, "b t"],
+) -> Int[Array, "b t"]:
+    """Positions in which a picture counts as one token, which all its patches stand for.
+
+    Args:
+      positions_bt: where each patch counts.
+      image_id_bt: the picture of each token, 0 for none.
+      segments_bt: packed sequences, each counted for itself.
+    """
+    passed_bt = jnp.cumsum(patch_numbers(image_id_bt, segments_bt) > 0, axis=1)
+    starts_bt = _left(segments_bt) != segments_bt
+    before_bt = lax.cummax(jnp.where(starts_bt, passed_bt, 0), axis=1)
+    return (positions_bt - passed_bt + before_bt).astype(positions_bt.dtype)
+
+
+def _left(values_bt: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """The value of the token before; -1 for the first."""
+    return jnp.pad(values_bt[:, :-1], ((0, 0), (1, 0)), constant_values=-1)

@@ -86,14 +86,17 @@ def untied_swiglu(
     """SwiGLU with the weights of each token's modality.
 
     ``wi`` ([m, d, 2f]) and ``wo`` ([m, f, d]) hold one stack over all modalities, or, for unequal
-    hidden widths, one stack of size 1 for each modality in order. Gate and up projections lie
-    side by side in ``wi``.
+    widths, one stack of size 1 for each modality in order. Gate and up projections lie side by side
+    in ``wi``. A stack with a smaller d than that of the tokens reads their first features, and
+    writes those alone.
     """
     tokens = x_btd.reshape(-1, x_btd.shape[-1])
     order, inverse = layout.order[0], layout.inverse[0][:, None]
-    outputs = (
-        grouped_mlp(
-            tokens,
+
+    def of_stack(offset: int, wi_mdf: Array, wo_mfd: Array) -> Array:
+        d = wi_mdf.shape[1]
+        out = grouped_mlp(
+            tokens[:, :d],
             wi_mdf,
             wo_mfd,
             order,
@@ -103,9 +106,16 @@ def untied_swiglu(
             group_offset=offset,
             backend=backend,
         )
-        for offset, (wi_mdf, wo_mfd) in enumerate(zip(wi, wo, strict=True))
-    )
+        return widen(out, tokens.shape[1])
+
+    outputs = (of_stack(i, *stack) for i, stack in enumerate(zip(wi, wo, strict=True)))
     return functools.reduce(jnp.add, outputs).reshape(x_btd.shape)
+
+
+def widen(x: Float[Array, "*rows d"], size: int) -> Float[Array, "*rows {size}"]:
+    """With zeros after the last axis, up to that size."""
+    missing = size - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
 
 
 def swiglu(h_tf: Float[Array, "*rows ff"]) -> Float[Array, "*rows f"]:

@@ -97,6 +97,11 @@ def _trunk_sizes(model: TrunkConfig) -> Iterator[tuple[str, str, int]]:
         yield "tensor", "model.d_model", model.d_model
     yield "tensor", "model.num_heads", model.num_heads
     yield "tensor", "model.num_kv_heads", model.kv_heads
+    for tower in model.tower_shapes:
+        yield "fsdp", "model.towers.widths", tower.width
+        for heads in (tower.heads, tower.kv_heads):
+            yield "tensor", "model.towers.heads, or keys and values for them", heads
+            yield "fsdp", "the features of model.towers.heads", heads * model.head_dim
     for width in model.ffn_hidden:
         yield "tensor", "model.ffn_hidden", width
     kinds = [model.for_block(kind)[1].moe for kind in model.block_kinds()]

@@ -170,6 +170,10 @@ def _attentions(state: dict) -> list[dict]:
 
 def _of_attention(own: dict, mask_bts: jax.Array) -> jax.Array:
     """[l, b]. The maps of one layer and one row at a time."""
+    if "modality" in own:
+        # A layer in which tokens see those of their own modality alone.
+        modality_bt = own["modality"][0, :ROWS]
+        mask_bts &= modality_bt[:, :, None] == modality_bt[:, None, :]
 
     def of_row(args):
         q_tnh, k_tgh, kept_t, mask_ts = args

@@ -1,0 +1,65 @@
+"""Rows of text and pictures as latents, and a tiny decoder for them."""
+
+import jax
+import numpy as np
+
+from moejax.analysis.params import abstract_params
+from moejax.api import build
+from moejax.config import load_config
+from moejax.data.vocabulary import BOI, BOS, EOI, EOS, PATCH
+
+PATCHES, SIZE = 4, 3
+# BOS text text BOI 4 patches EOI text EOS | BOS BOI 4 patches EOI text EOS, and padding.
+ROW = [BOS, 20, 21, BOI, *[PATCH] * 4, EOI, 22, EOS, BOS, BOI, *[PATCH] * 4, EOI, 23, EOS, 0]
+# The first picture is drawn after its text, the second opens its segment.
+DRAWN, OPENING = slice(4, 8), slice(13, 17)
+TINY = {
+    "model.d_model": 16,
+    "model.num_heads": 2,
+    "model.num_layers": 2,
+    "model.ffn_hidden": (24,),
+    "model.vocab_size": 40,
+    "model.kernel_backend": "reference",
+    "model.latents.grid": 2,
+    "model.latents.channels": SIZE,
+    "data.batch_size": 2,
+    "data.sequence_length": len(ROW),
+}
+
+
+def make_batch(seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    tokens = np.tile(np.asarray(ROW, np.int32), (2, 1))
+    patches, index = tokens == PATCH, np.arange(len(ROW))
+    segments = np.where(index < 11, 1, 2) * (index < len(ROW) - 1)
+    latents = rng.normal(size=(*tokens.shape, SIZE)) * patches[..., None]
+    return {
+        "tokens": tokens,
+        "modality": patches.astype(np.int32),
+        "segments": np.tile(segments.astype(np.int32), (2, 1)),
+        "positions": np.tile(np.where(index < 11, index, index - 11).astype(np.int32), (2, 1)),
+        "targets": np.roll(tokens, -1, axis=1),
+        "weights": np.tile(((index != 10) & (index < 19)).astype(np.float32), (2, 1)),
+        "image_id": patches * np.where(index < 11, 1, 2).astype(np.int32),
+        "latents": latents.astype(np.float32),
+    }
+
+
+class TinyPictures:
+    """A tiny config of the name with random parameters, and its compiled functions."""
+
+    def __init__(self, name: str, overrides: dict | None = None):
+        self.config = load_config(name, {**TINY, **(overrides or {})})
+        self.model, self.objective = build(self.config)
+        rng = np.random.default_rng(1)
+        self.params = jax.tree.map(
+            lambda leaf: rng.normal(scale=0.3, size=leaf.shape).astype(leaf.dtype),
+            abstract_params(self.model, self.config),
+        )
+        self.outputs = jax.jit(lambda params, batch: self.model.apply({"params": params}, batch))
+
+    def gradient(self, score, batch: dict) -> dict[str, np.ndarray]:
+        """By path, of ``score(outputs)``."""
+        of = lambda params: score(self.model.apply({"params": params}, batch))
+        leaves = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(of))(self.params))
+        return {"/".join(k.key for k in path): np.asarray(leaf) for path, leaf in leaves}
