@@ -71,16 +71,20 @@ def context(monkeypatch):
     )
 
 
-def register(monkeypatch, calls):
-    """Training pictures, or else flat ones, of the classes that are asked for."""
+def register(monkeypatch):
+    """Training pictures, or else flat ones, of the classes that are asked for.
+
+    Returns what was asked: contexts that a draw was made for, and labels.
+    """
+    makings, asked = [], []
 
     def made(context):
-        calls.append("made")
+        makings.append(context)
         train = context.train_pipeline.source
 
         def draw(params, labels, rng):
             assert labels.dtype == np.int32 and len(labels) == BATCH
-            calls.append(labels)
+            asked.append(labels)
             rows = 3 * np.asarray(jax.random.randint(rng, (BATCH,), 0, 40)) + labels
             if params["copies"]:
                 return np.stack([train[int(row)]["image"] for row in rows])
@@ -90,6 +94,7 @@ def register(monkeypatch, calls):
         return draw
 
     monkeypatch.setitem(DRAWERS._entries, "vit", made)
+    return makings, asked
 
 
 def evaluated(context):
@@ -97,8 +102,7 @@ def evaluated(context):
 
 
 def test_copies_and_flat_pictures(context, monkeypatch):
-    calls = []
-    register(monkeypatch, calls)
+    makings, asked = register(monkeypatch)
     result = evaluated(context)
     assert list(result.values) == module.names(context.config)
     value = lambda result, name: result.values[f"fidelity/{name}"]
@@ -109,13 +113,13 @@ def test_copies_and_flat_pictures(context, monkeypatch):
     (grid,), (note,) = result.images.values(), result.notes
     assert grid.ndim == 3 and "24 pictures on either side" in note
     # Classes of training, about as frequent; real pictures are read and described once.
-    labels = np.concatenate(calls[1:])[:COUNT]
+    labels = np.concatenate(asked)[:COUNT]
     assert set(labels) == {0, 1, 2}
     with monkeypatch.context() as patched:
         patched.setattr(module, "read_pictures", lambda *_: pytest.fail("read again"))
         assert evaluated(context).values == result.values
         flat = evaluated(context.with_params({"copies": False}))
-    assert calls.count("made") == 1
+    assert makings == [context]
     assert value(flat, "memorised") == 0 and value(flat, "recall") < 0.1
     assert value(flat, "fd_efflite0") > value(result, "fd_efflite0")
 
@@ -197,7 +201,7 @@ def test_a_classifier_that_cannot_judge(monkeypatch):
 
 
 def test_the_evaluator_asks_the_classifier(context, monkeypatch):
-    register(monkeypatch, [])
+    register(monkeypatch)
     make_classifier(monkeypatch)
     config = make_config(classifier="runs/judge")
     values = evaluated(dataclasses.replace(context, config=config)).values

@@ -25,7 +25,7 @@ class Gaussian:
         mean = x_nd.mean(axis=0)
         factor = (x_nd - mean) / np.sqrt(len(x_nd) - 1)
         if len(x_nd) > x_nd.shape[1]:
-            factor = np.linalg.qr(factor, mode="r")
+            factor = np.asarray(np.linalg.qr(factor, mode="r"))
         return cls(mean, factor)
 
 

@@ -73,10 +73,11 @@ def neighbour_rates(
 def nearest(
     x_nd: Float[np.ndarray, "n d"], y_md: Float[np.ndarray, "m d"], *, chunk: int = CHUNK
 ) -> Float[np.ndarray, " n"]:
-    """The squared distance of each row of x to the nearest of y."""
-    found = np.empty(len(x_nd))
-    for rows, squares in distances(x_nd, y_md, chunk=chunk):
-        found[rows] = squares.min(axis=1)
+    """The squared distance of each row of x to the nearest of y, which may be very many."""
+    found = np.full(len(x_nd), np.inf)
+    for start in range(0, len(y_md), chunk):
+        for rows, squares in distances(x_nd, y_md[start : start + chunk], chunk=chunk):
+            found[rows] = np.minimum(found[rows], squares.min(axis=1))
     return found
 
 

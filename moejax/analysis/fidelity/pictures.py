@@ -9,7 +9,7 @@ sides always have the same n, and the same distance of other real pictures, the 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -126,16 +126,16 @@ class RealPictures:
         self.count, self.k = count, k
         self._encode = encode or efficientnet_encoder()
         rows = draw_halves(len(reference), count, draws, np.random.default_rng(seed))
-        used, place = np.unique(rows, return_inverse=True)
-        features = self._encode(reference[used])
-        sets = features[place.reshape(rows.shape)]
-        self._pairs = [(FeatureSet(real, k), FeatureSet(other, k)) for real, other in sets]
+        # All of them: a copy of one that no draw has is one as well.
+        features = self._encode(reference)
+        sets = lambda half: FeatureSet(features[half], k)
+        self._pairs = [(sets(real), sets(other)) for real, other in rows]
         self.floor = _over_draws([other.beside(real) for real, other in self._pairs])
         self._reference, self._features = reference, features
         self._held_out = None if held_out is None else self._near(held_out, self._encode(held_out))
 
     def _near(self, images: Pictures, features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How far the nearest training picture is, in features (of those encoded) and in pixels."""
+        """How far the nearest training picture is, in features and in pixels."""
         return nearest(features, self._features), nearest_images(images, self._reference)[1]
 
     def compare(self, samples: Pictures) -> dict[str, float]:
@@ -146,9 +146,8 @@ class RealPictures:
         (more is better); ``floor_...``: the same of other training pictures.
 
         Of the samples' distances to training pictures beside those of held-out pictures:
-        ``nearer_to_train`` and ``memorised`` (:func:`nearer` and :func:`copied`, in features of
-        the training pictures that were drawn) and ``memorised_pixels`` (in pixels of all);
-        ``chance_...``: what is expected without copies.
+        ``nearer_to_train`` and ``memorised`` (:func:`nearer` and :func:`copied`, in features) and
+        ``memorised_pixels``; ``chance_...``: what is expected without copies.
 
         Raises:
           UserError: another number of samples, or pictures of another size.
@@ -194,7 +193,7 @@ def picture_metrics(
 
 
 def read_pictures(
-    source: Any, rows: Sequence[int] | None = None
+    source: Any, rows: Int[np.ndarray, " n"] | None = None
 ) -> tuple[Pictures, Int[np.ndarray, " n"]]:
     """The pictures of those records of a source (of all), and their labels, -1 without one.
 
