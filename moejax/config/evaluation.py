@@ -68,12 +68,16 @@ class FidelityConfig:
     reference: int = 60_000
     # Of precision, recall, density and coverage.
     neighbours: int = 5
+    # Of diffusion models: the sampler, its steps, and the weight of the class.
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance: float = 1.5
     # The workdir of a classifier of the same data, trained by itself; "" asks none.
     classifier: str = ""
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("pictures", "draws", "neighbours"):
+        for name in ("pictures", "draws", "neighbours", "steps"):
             require(getattr(self, name) > 0, f"eval.fidelity.{name}", "must be positive")
-        for name in ("reference", "seed"):
+        for name in ("reference", "guidance", "seed"):
             require(getattr(self, name) >= 0, f"eval.fidelity.{name}", "must not be negative")

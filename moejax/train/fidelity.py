@@ -15,6 +15,7 @@ How a model draws pictures is one function, registered by ``model.name``::
     def mine(context: EvalContext) -> Draw: ...
 """
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,26 @@ SHOWN = 16
 Draw = Callable[[Any, np.ndarray, jax.Array], Any]
 # model.name -> function(EvalContext) -> Draw
 DRAWERS: Registry[Callable[[EvalContext], Draw]] = Registry("way to draw pictures with model")
+
+
+@DRAWERS.register("dit")
+def draw_denoised(context: EvalContext) -> Draw:
+    """By the sampler, steps and guidance of ``eval.fidelity``; a label for each row."""
+    from moejax.generate.denoiser import Drawing, check_drawing, denoiser_of, draw_pictures
+
+    options = context.config.eval.fidelity
+    drawing = Drawing(sampler=options.sampler, steps=options.steps, guidance=options.guidance)
+    sampler = denoiser_of(context.with_params(None))
+    sampler = dataclasses.replace(sampler, drawing=check_drawing(drawing, sampler.diffusion))
+
+    def draw(params: Any, labels: np.ndarray, rng: jax.Array) -> np.ndarray:
+        own = dataclasses.replace(sampler, params=params, batch_size=len(labels))
+        conditions = [int(label) if label >= 0 else None for label in labels]
+        # A seed of 32 bits: rows are numbered from 0 in each batch.
+        seed = int(jax.random.bits(rng) >> 1)
+        return draw_pictures(own, conditions, seed=seed).pictures
+
+    return draw
 
 
 @EVALUATORS.register(NAME)

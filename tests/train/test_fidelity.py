@@ -15,12 +15,14 @@ from moejax.config.vision import ClassificationConfig, ViTConfig
 from moejax.data.pipeline import ImagePipeline
 from moejax.data.prepare import efficientnet
 from moejax.errors import UserError
+from moejax.generate.denoiser import Drawing, PictureSampler, draw_pictures
 from moejax.parallel.mesh import make_mesh
 from moejax.train import classifier as classifiers
 from moejax.train import fidelity as module
 from moejax.train.classifier import Classifier, class_accuracy, load_classifier
 from moejax.train.evaluate import EvalContext, check_evaluators, eval_plans, run_evaluators
 from moejax.train.fidelity import DRAWERS, draw_samples
+from moejax.train.setup import prepare_model
 
 CLASSES, COUNT, BATCH = 3, 24, 10
 OPTIONS = FidelityConfig(pictures=COUNT, draws=2)
@@ -209,3 +211,40 @@ def test_the_evaluator_asks_the_classifier(context, monkeypatch):
     assert values["fidelity/real_class_accuracy"] == pytest.approx(21 / 31)
     assert 0.3 < values["fidelity/class_accuracy"] < 0.95
     assert isinstance(make_classifier(monkeypatch), Classifier)
+
+
+def test_a_diffusion_model_draws_what_its_labels_say():
+    """By the settings of ``eval.fidelity``; a row without a class is drawn without guidance."""
+    fields = {
+        "data.image_size": 8,
+        "model.image_size": 8,
+        "model.patch_size": 4,
+        "model.num_classes": CLASSES,
+        "model.d_model": 16,
+        "model.num_heads": 2,
+        "model.num_layers": 1,
+        "model.ffn_hidden": (16,),
+        "eval.metrics": (),
+        "eval.fidelity.steps": 2,
+        "eval.fidelity.guidance": 3.0,
+        "eval.fidelity.sampler": "heun",
+    }
+    config = load_config("sit", fields)
+    setup = prepare_model(config, jax.devices()[:1])
+    with jax.set_mesh(setup.mesh):
+        params = setup.recipe.create().params
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape), params)
+    pipeline = ImagePipeline(config, Pictures(12, "val"))
+    context = setup.eval_context(params, pipeline, pipeline)
+    draw = DRAWERS.get("dit")(context)
+    labels = np.asarray([0, 2, -1], np.int32)
+    pictures = draw(params, labels, jax.random.key(5))
+    assert pictures.shape == (3, 8, 8, 3) and pictures.dtype == np.uint8
+    np.testing.assert_array_equal(draw(params, labels, jax.random.key(5)), pictures)
+    drawing = Drawing(sampler="heun", steps=2, guidance=3.0)
+    sampler = PictureSampler(context.model, params, config.objective, drawing=drawing)
+    seed = int(jax.random.bits(jax.random.key(5)) >> 1)
+    expected = draw_pictures(sampler, [0, 2, None], seed=seed).pictures
+    np.testing.assert_array_equal(pictures, expected)
+    assert (draw(params, labels, jax.random.key(6)) != pictures).any()
