@@ -29,7 +29,6 @@ from moejax.config.trunk import UntieConfig as UntieConfig
 from moejax.config.vision import AugmentConfig as AugmentConfig
 from moejax.config.vision import ClassificationConfig as ClassificationConfig
 from moejax.config.vision import PatchesConfig as PatchesConfig
-from moejax.config.vision import PatchesConfig as PatchesConfig
 from moejax.config.vision import ViTConfig as ViTConfig
 from moejax.config.vision import check_packed
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.config.diffusion import Diffusion
 from moejax.ops import diffusion
 
 NAMES = ("ddpm", "flow")
