@@ -356,9 +356,9 @@ class Config:
             f"objective {objective!r} needs tokens, got {self.data.format!r}",
         )
         require(
-            self.data.format == "images" or objective != "diffusion",
+            self.data.format != "tokens" or objective != "diffusion",
             "data.format",
-            f"objective 'diffusion' needs images, got {self.data.format!r}",
+            "objective 'diffusion' needs pictures, got 'tokens'",
         )
         if hasattr(self.model, "latents"):
             continuous = self.model.latents.channels > 0
