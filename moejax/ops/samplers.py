@@ -156,7 +156,11 @@ def sample(
         x, x0_before, kept = carry
         t, s = times_n[index], times_n[index + 1]
         now = evaluate(x, t)
-        draw = lambda: row_noise(key_b, index + 1, x.shape[1:])
+
+        def draw():
+            assert key_b is not None
+            return row_noise(key_b, index + 1, x.shape[1:])
+
         moment = Moment(diffusion, evaluate, x, now, x0_before, t, s, ratios_n[index], draw)
         x = jnp.where(s > 0, found.step(moment), now.x0)
         here = (keep_k == index).reshape(-1, *(1,) * x.ndim)
