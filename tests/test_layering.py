@@ -17,7 +17,7 @@ ALL = [
 
 # Low to high: a package imports from its own layer and from lower ones.
 LAYERS = (
-    ("errors", "axes", "config", "pallas_kernels"),
+    ("errors", "axes", "config", "host_memory", "pallas_kernels"),
     ("ops", "routing", "experts", "depth", "parallel"),
     ("nn",),
     ("models", "objectives", "data"),

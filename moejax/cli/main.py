@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from moejax import __version__
 from moejax.errors import UserError, did_you_mean
+from moejax.host_memory import keep_freed_memory
 
 # name -> one line for --help. Each is the module moejax.cli.<name> with run(argv) -> exit code.
 COMMANDS = {
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = argv[0]
         if name not in COMMANDS:
             raise UserError(f"no command {name!r}{did_you_mean(name, COMMANDS)}")
+        keep_freed_memory()
         return importlib.import_module(f"moejax.cli.{name}").run(argv[1:])
     except UserError as error:
         print(f"moejax: error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -26,8 +26,8 @@ class Context(struct.PyTreeNode):
     ``place_bc`` where in the row the tokens stand, if their keys replace given ones. In decoding
     ``stored`` has the parameters of a block, stacked with those of the other layers of its segment,
     of which it is number ``repeats`` (of segments inside of segments one number each): what skips a
-    block need not read them. ``skippable`` layers are not run at all where no token is valid. In ``separate``
-    layers tokens see those of their own modality alone.
+    block need not read them. ``skippable`` layers are not run at all where no token is valid. In
+    ``separate`` layers tokens see those of their own modality alone.
     """
 
     tokens_bt: jax.Array

@@ -13,12 +13,12 @@ from moejax.config.packages import imported_packages
 from moejax.config.schema import Config
 from moejax.data.build import build_pipeline
 from moejax.errors import UserError
+from moejax.host_memory import keep_freed_memory
 from moejax.models import build_model
 from moejax.objectives import build_objective
 from moejax.parallel.mesh import batch_sharding, check_mesh, make_mesh
 from moejax.train.compilation import use_compilation_cache
 from moejax.train.evaluate import EvalContext, check_evaluators, eval_plans
-from moejax.train.host_memory import keep_freed_memory
 from moejax.train.state import StateRecipe, TrainState, state_recipe
 from moejax.train.step import StepMetrics, make_train_step
 from moejax.train.writers import check_writers

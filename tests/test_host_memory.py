@@ -9,7 +9,7 @@ import pytest
 # Frees 64 MiB in pieces that glibc would give back one by one; prints what was told and is kept.
 SCRIPT = """
 import numpy as np
-from moejax.train.host_memory import keep_freed_memory
+from moejax.host_memory import keep_freed_memory
 
 def resident():
     with open("/proc/self/statm") as file:
