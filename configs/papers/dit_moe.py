@@ -38,7 +38,8 @@ def get_config(arg=""):
         model.update(d_model=width, num_layers=layers, num_heads=heads, ffn_hidden=(4 * width,))
         config.data.batch_size = batch
         about.total_params, about.active_params = total, active
-        about.approximate += () if arg[0] in "sb" else ("data.batch_size",)
+        inferred = ("train.steps",) if arg[0] in "sb" else ("train.steps", "data.batch_size")
+        about.approximate += inferred
     elif arg == "upcycle":
         moe.num_experts, about.total_params, about.active_params = 16, 3_449_392, 696_880
         config.train.init_experts = (0,) * moe.num_experts

@@ -60,10 +60,11 @@ class DiT(PatchModel):
         """Predictions for noisy pictures.
 
         Args:
-          batch: ``x_t`` [b, h, w, z] float, ``times`` [b] f32 in [0, 1], where 1 is noise alone.
-            With classes ``labels`` [b] i32: ``num_classes``, or any negative one, says nothing.
-            With texts ``tokens`` [b, t] i32, of which padding alone says nothing. ``weights`` [b]
-            f32 (absent: 1), 0 for rows that only fill up a batch and take no part in the routing.
+          batch: ``x_t`` [b, h, w, z] float, ``times`` [b] f32, how noisy each is by the clock of
+            the objective (moejax.ops.diffusion.network_input). With classes ``labels`` [b] i32:
+            ``num_classes``, or any negative one, says nothing. With texts ``tokens`` [b, t] i32,
+            of which padding alone says nothing. ``weights`` [b] f32 (absent: 1), 0 for rows that
+            only fill up a batch and take no part in the routing.
           train: apply dropout and the noise of routers (with the rng stream "dropout").
           step: of the training run, [] i32, for what changes in the course of it.
           record: give each token's experts, weights and logits in ``aux``.

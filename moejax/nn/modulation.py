@@ -20,7 +20,7 @@ TIME_FEATURES = 256
 
 
 class NoiseEmbedding(nn.Module):
-    """Times [b] in [0, 1] -> [b, d] float32 or wider: 256 sinusoids and an MLP of two matrices.
+    """Times [b] -> [b, d] float32 or wider: 256 sinusoids of them and an MLP of two matrices.
 
     ``W_2 silu(W_1 s + b_1) + b_2``, weights from N(0, 0.02) (DiT's code).
     """
@@ -49,13 +49,10 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, condition_bd: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
         """Each is [b, 1, d], of that dtype."""
-        shape, wide = (
-            (self.config.d_model, self.parts * self.config.d_model),
-            param_dtype(self.config),
-        )
-        zeros = nn.initializers.zeros
-        weight_df = self.param("weight_df", partitioned(zeros, axes.EMBED, axes.MLP), shape, wide)
-        bias_f = self.param("bias_f", partitioned(zeros, axes.MLP), shape[1:], wide)
+        d, wide, zeros = self.config.d_model, param_dtype(self.config), nn.initializers.zeros
+        f = self.parts * d
+        weight_df = self.param("weight_df", partitioned(zeros, axes.EMBED, axes.MLP), (d, f), wide)
+        bias_f = self.param("bias_f", partitioned(zeros, axes.MLP), (f,), wide)
         seen_bd = nn.silu(condition_bd).astype(dtype)
         vectors_bf = jnp.einsum("bd,df->bf", seen_bd, weight_df.astype(dtype))
         vectors_bf = vectors_bf + bias_f.astype(dtype)[None]

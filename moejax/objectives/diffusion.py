@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Bool, Float
 
 from moejax.config.checks import require
 from moejax.config.diffusion import DiffusionConfig
@@ -32,7 +32,7 @@ def noisy_batch(
     x0: Float[Array, "b h w z"],
     eps: Float[Array, "b h w z"],
     times: Float[Array, " b"],
-    no_label: Num[Array, " b"] | None = None,
+    no_label: Bool[Array, " b"] | None = None,
 ) -> dict:
     """The batch that the model sees.
 

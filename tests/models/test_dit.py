@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax.core import meta
 
+from moejax.config import freeze, load_config, load_config_dict
 from moejax.config.contrastive import TextSizes
 from moejax.config.depth import DepthConfig
 from moejax.config.dit import DiTConfig
@@ -19,6 +20,7 @@ from moejax.errors import UserError
 from moejax.models.dit import build_dit
 from moejax.nn.block import make_block
 from moejax.objectives.base import LossSums, Objective
+from moejax.objectives.diffusion import noisy_batch
 from moejax.objectives.routing import with_routing
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -329,3 +331,38 @@ def test_mistakes():
         build_dit(make_config(block_pattern=("moe",), moe=moe))
     with pytest.raises(UserError, match="model.image_size=8, model.in_channels=3: .*8, 8, 4"):
         run(make_config(), make_batch(x_t=np.zeros((2, 8, 8, 4), np.float32)))
+
+
+@pytest.mark.parametrize(
+    "name, field, value, message",
+    [
+        ("dit", "model.learned_range", False, "model.learned_range: is False and objective.*=True"),
+        ("dit", "model.image_size", 32, "model.image_size: 32, with .* is not that of pictures"),
+        ("dit", "model.in_channels", 4, "model.image_size: 28, with model.in_channels=4"),
+        ("dit:text", "model.text_length", 0, "data.format: 'pairs' does not fit model 'dit'"),
+        ("dit:text", "model.text_length", 12, "model.text_length: 12 is not data.sequence_length"),
+        ("vit", "data.latents", True, "data.latents: model 'vit' reads pictures"),
+        ("quickstart", "data.latents", True, "data.latents: is of pictures"),
+    ],
+)
+def test_what_does_not_fit_together(name, field, value, message):
+    with pytest.raises(UserError, match=message):
+        load_config(name, {field: value})
+
+
+def test_another_objective_does_not_fit():
+    config = load_config_dict("dit")
+    config.objective = load_config_dict("vit").objective
+    with pytest.raises(UserError, match="objective.name: 'classification' does not fit"):
+        freeze(config)
+
+
+def test_who_loses_a_label_loses_a_text():
+    config = load_config("dit:text")
+    batch = make_batch(tokens=np.full((2, TEXT), 20, np.int32))
+    pixels, times = jnp.asarray(batch["x_t"]), jnp.asarray(batch["times"])
+    lost = jnp.asarray([False, True])
+    seen = noisy_batch(batch, config.objective, CLASSES, pixels, pixels, times, lost)
+    np.testing.assert_array_equal(seen["tokens"][0], batch["tokens"][0])
+    assert (seen["tokens"][1] == PAD).all()
+    assert (seen["labels"] == np.int32([0, CLASSES])).all()
