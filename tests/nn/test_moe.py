@@ -298,6 +298,9 @@ def test_losses_of_two_microbatches_are_those_of_the_batch():
     np.testing.assert_allclose(sums[2].total() - plain.total(), expected, rtol=1e-3)
 
 
+APART = {"unscored_experts": 1, "allowed": ((0, 1, 2), (3,))}
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -318,6 +321,26 @@ def test_losses_of_two_microbatches_are_those_of_the_batch():
         (
             {"router": router("hash"), "shared_competing": 2, "shared_hidden": 8},
             "model.moe.shared_competing: router 'hash'",
+        ),
+        ({"unscored_experts": 1}, "model.moe.unscored_experts: needs model.moe.allowed"),
+        ({"unscored_experts": 4}, "model.moe.unscored_experts: leaves none of 4"),
+        (
+            {"unscored_experts": 1, "allowed": ((0, 1, 2), (2, 3))},
+            "model.moe.unscored_experts: needs model.moe.allowed: for each modality experts below",
+        ),
+        (
+            {**APART, "zero_experts": 1},
+            "model.moe.unscored_experts: cannot be beside experts without weights",
+        ),
+        (
+            {**APART, "router": router("expert_choice", capacity_factor=0.5, causal_rule="none")},
+            "model.moe.router.options.capacity_factor: below 1 leaves out tokens",
+        ),
+        ({"losses": (RouterLossConfig("contrastive"),)}, "model.moe.losses: 'contrastive'"),
+        ({"causal_router_decay": 0.5}, "model.moe.causal_router_decay: needs model.moe.causal"),
+        (
+            {"router": router("expert_choice", causal_rule="aux_count")},
+            "model.moe.causal_router: causal_rule='aux_count' needs",
         ),
         ({"pool_steps": (1, 2)}, "model.moe.pool_steps: needs model.moe.pool_layers"),
         ({"score": ScoreConfig("mpl")}, "model.moe.score.name: no score 'mpl'; did you mean 'mlp'"),

@@ -91,7 +91,7 @@ class ExpertLayer:
     def __call__(self, x, modality=0, *, params=None, train=False, **given):
         """(output, aux of the router) as numpy; ``aux["expert_ids"]``, ``["weights"]``: [2, 12, k].
 
-        ``given`` are ``rng``, ``step`` and ``carry``, which are None.
+        ``given`` are ``rng``, ``step`` and ``carry``, which are None, and ``noise`` [2, 16], zeros.
         """
         params = self.params if params is None else params
         return jax.device_get(self._apply(params, x, modality, given, train=train))
@@ -107,12 +107,14 @@ class ExpertLayer:
 
     def traced(self, params, x, modality=0, *, train=False, **given):
         """The same to be differentiated."""
-        ctx = self._context(modality, train, given.get("rng"), given.get("step"))
+        own = (given.get(name) for name in ("rng", "step", "noise"))
+        ctx = self._context(modality, train, *own)
         y, _, aux = self._module.apply({"params": params}, x, given.get("carry") or {}, ctx)
         return y, aux["router"]
 
-    def _context(self, modality=0, train=False, rng=None, step=None) -> Context:
+    def _context(self, modality=0, train=False, rng=None, step=None, noise=None) -> Context:
         ids = jnp.broadcast_to(jnp.asarray(modality, jnp.int32), (ROWS, LENGTH))
+        told = jnp.zeros((ROWS, WIDTH)) if noise is None else noise
         return Context(
             tokens_bt=ids,
             positions_bt=ids,
@@ -124,6 +126,8 @@ class ExpertLayer:
             layout=None,
             rng=rng,
             step=step,
+            condition_bd=told,
+            noise_bd=told,
             train=train,
             record=True,
         )

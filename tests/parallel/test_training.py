@@ -54,6 +54,18 @@ MODELS = {
     "expert_choice": ("expert_choice", EXPERTS),
     "vmoe": ("vmoe", VISION),
     "dit_moe": ("dit_moe", {**VISION, "model.moe.shared_hidden": 16}),
+    # Its loss is made of sums over the tokens, and of the prototypes that they chose.
+    "promoe": (
+        "promoe",
+        {
+            **VISION,
+            **EXPERTS,
+            "model.moe.allowed": (tuple(range(7)), (7,)),
+            "model.moe.shared_hidden": 16,
+        },
+    ),
+    # Its thresholds are moved by what the whole batch was given.
+    "diffmoe": ("diffmoe", {**VISION, **EXPERTS}),
     "clip": ("clip", {**PAIRS, "objective.chunk": 3}),
     "siglip": ("siglip", PAIRS),
     "limoe": ("limoe", PAIRS),
