@@ -18,8 +18,8 @@ choice drops those who find no place, in their order, in evaluation those of the
 Sparse routers see eight pictures together.
 
 Departures: 8 experts for 32, in every other block, with SwiGLU; Fashion-MNIST for JFT-300M. What
-the paper does where, but for the routers, is inferred from V-MoE and the authors' code. Device,
-minutes, expected accuracy: not measured.
+the paper does where, but for the routers, is inferred from V-MoE and the authors' code. Accuracy
+at 3e12 training FLOPs, about 80% for all: experiments/vision_routers.
 """
 
 from moejax.config import load_config_dict
