@@ -225,7 +225,7 @@ def _text_to_image(request: Request) -> Outcome:
         example.text if example.group == "prompt" else cut_caption(sampler, example.text)
         for example in examples
     ]
-    pictures = _draw(request, [text for text in texts for _ in range(each)])
+    pictures = _pictures(request, [text for text in texts for _ in range(each)])
     neighbours = request.train_images.nearest(pictures)
     grid, rows, lines, real_distances = [], [], [], []
     for i, example in enumerate(examples):
@@ -294,7 +294,7 @@ def _image_to_text(request: Request) -> Outcome:
 
 
 def _unconditional(request: Request) -> Outcome:
-    pictures = _draw(request, [""] * request.count)
+    pictures = _pictures(request, [""] * request.count)
     neighbours = request.train_images.nearest(pictures)
     tiles = []
     for k, (picture, near) in enumerate(zip(pictures, neighbours, strict=True), 1):
@@ -342,7 +342,7 @@ def _write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _draw(request: Request, captions: list[str]) -> np.ndarray:
+def _pictures(request: Request, captions: list[str]) -> np.ndarray:
     """A picture for each caption, "" for none; [n, h, w, 3] uint8."""
     sampler, shared = request.sampler, {"seed": request.seed, "progress": request.progress}
     if isinstance(sampler, PictureSampler):
