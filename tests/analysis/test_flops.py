@@ -196,10 +196,10 @@ def test_soft_routing_costs_its_slots():
         for slots in (1, 2)
     )
     model = load_config("vit", fields).model
-    # Six more slots in each of two layers: scores, mixing in and out for each of 64 patches, and
+    # Six more slots in each of two layers: scores, mixing in and out for each patch, and
     # an expert of three matrices for each picture.
     slots = 2 * 6
-    mixing = 3 * 2 * 64 * model.d_model
+    mixing = 3 * 2 * model.num_patches * model.d_model
     expert = 2 * 3 * model.d_model * model.moe.hidden
     assert two.forward - one.forward == pytest.approx(slots * (mixing + expert), rel=1e-9)
 
