@@ -36,8 +36,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--draws",
         type=int,
-        default=4,
-        help="sets of training pictures, for the spread (default: 4)",
+        default=5,
+        help="sets of training pictures, for the spread (default: 5)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     parser.add_argument(

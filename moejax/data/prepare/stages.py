@@ -1,7 +1,6 @@
 """Long preparations in stages: what one stage has made is kept, so that a killed run goes on."""
 
 import contextlib
-import fcntl
 import json
 import sys
 import time
@@ -47,6 +46,8 @@ def saved_json(path: Path, make: Callable[[], Any]) -> Any:
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Holds the lock of ``folder``. UserError if another process does."""
+    import fcntl  # Not there on Windows, where what else this file holds is used too.
+
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:
         try:
