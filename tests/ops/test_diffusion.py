@@ -284,8 +284,8 @@ def test_largest_time_of_each_picture(process):
 
 
 def test_unknown_distribution():
-    with pytest.raises(ValueError, match="no distribution of times 'cauchy'"):
-        diffusion.sample_times("flow", jax.random.key(0), (2,), TimeSampling("cauchy"))
+    with pytest.raises(UserError, match="objective.times.distribution: 'cauchy' is none of"):
+        TimeSampling("cauchy")
 
 
 def test_timestep_embedding_by_hand():
