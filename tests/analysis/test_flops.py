@@ -256,6 +256,23 @@ def test_towers_of_unequal_width():
     assert counted.training.nominal == pytest.approx(formula.training, rel=1e-9)
 
 
+def test_towers_of_their_own_sizes_and_their_bridges():
+    """By hand: a narrow tower has smaller weights, but the heads of all; maps in shared layers."""
+    config = load_config("hbridge", SMALL)
+    text, image = flops_by_modality(config).values()
+    layers, d, h, length = 4, 96, 32, 64
+    projections = d * 9 * h + 3 * h * d
+    # Queries, keys, values and what comes back: between 3 and 4 heads, in two layers.
+    bridges = 2 * 4 * (3 * h) * (4 * h)
+    # Two maps of latents of 8 numbers, and that of the time.
+    adapter = (2 * 8 + 128) * d
+    expected = layers * (projections + 3 * d * 384) + bridges + adapter
+    assert image.weights == 2.0 * expected
+    assert image.attention == text.attention == layers * 4.0 * length * 4 * h
+    counted, formula = counted_flops(config), token_flops(config)
+    assert counted.forward.nominal == pytest.approx(formula.forward, rel=1e-9)
+
+
 def test_a_block_without_a_formula_is_counted_all_the_same(monkeypatch):
     monkeypatch.setitem(BLOCKS._entries, "no_formula", dense_block)
     config = load_config("chameleon", {**SMALL, "model.block_pattern": ("no_formula",)})

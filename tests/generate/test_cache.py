@@ -15,7 +15,7 @@ def a_cache(value: float, filled_b: list[int], slots: int) -> KVCache:
     """One layer of one number a row."""
     filled_b = jnp.array(filled_b)
     rows = {"k": jnp.full((1, len(filled_b), slots, 1, 1), value), "filled": filled_b[None]}
-    return KVCache({"segment_0": rows}, filled_b)
+    return KVCache({"segment_0": rows}, filled_b, filled_b)
 
 
 def new_rows(values: list[list[float]], kept: list[list[bool]]) -> dict:
@@ -34,6 +34,7 @@ def test_write_rows_appends_at_each_rows_own_offset():
     expected = [[1, 2, 0, 0, 0], [0, 0, 3, 0, 0], [0, 0, 0, 0, 0]]
     np.testing.assert_array_equal(slots(cache), expected)
     np.testing.assert_array_equal(cache.filled_b, [2, 3, 4])
+    np.testing.assert_array_equal(cache.position_b, [2, 3, 4])
     np.testing.assert_array_equal(cache.rows["segment_0"]["filled"], [[2, 3, 4]])
 
 
@@ -56,7 +57,8 @@ def test_layers_may_differ_in_length_and_dtype():
     a, b = a_cache(0.0, [1, 3], 4).rows["segment_0"], a_cache(0.0, [0, 2], 6).rows["segment_0"]
     b["k"] = b["k"].astype(jnp.bfloat16)
     ones = new_rows([[1.0], [1]], [[True], [True]])["segment_0"]
-    cache = KVCache({"a": a, "b": {"inner": b}}, jnp.array([1, 3]))
+    read_b = jnp.array([1, 3])
+    cache = KVCache({"a": a, "b": {"inner": b}}, read_b, read_b)
     cache = write_rows(cache, {"a": ones, "b": {"inner": ones}}, jnp.array([1, 1]))
     a, b = cache.rows["a"], cache.rows["b"]["inner"]
     assert b["k"].dtype == jnp.bfloat16

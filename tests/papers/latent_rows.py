@@ -1,6 +1,7 @@
 """Rows of text and pictures as latents, and a tiny decoder for them."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moejax.analysis.params import abstract_params
@@ -11,8 +12,10 @@ from moejax.data.vocabulary import BOI, BOS, EOI, EOS, PATCH
 PATCHES, SIZE = 4, 3
 # BOS text text BOI 4 patches EOI text EOS | BOS BOI 4 patches EOI text EOS, and padding.
 ROW = [BOS, 20, 21, BOI, *[PATCH] * 4, EOI, 22, EOS, BOS, BOI, *[PATCH] * 4, EOI, 23, EOS, 0]
-# The first picture is drawn after its text, the second opens its segment.
-DRAWN, OPENING = slice(4, 8), slice(13, 17)
+# The first picture is drawn after its text, the second opens its segment; what comes after them.
+DRAWN, OPENING = range(4, 8), range(13, 17)
+AFTER_DRAWN, AFTER_OPENING = range(8, 11), range(17, 19)
+TEXT = (*range(4), *AFTER_DRAWN, 11, 12, *AFTER_OPENING)
 TINY = {
     "model.d_model": 16,
     "model.num_heads": 2,
@@ -53,13 +56,22 @@ class TinyPictures:
         self.model, self.objective = build(self.config)
         rng = np.random.default_rng(1)
         self.params = jax.tree.map(
-            lambda leaf: rng.normal(scale=0.3, size=leaf.shape).astype(leaf.dtype),
+            lambda leaf: jnp.asarray(rng.normal(scale=0.3, size=leaf.shape), leaf.dtype),
             abstract_params(self.model, self.config),
         )
-        self.outputs = jax.jit(lambda params, batch: self.model.apply({"params": params}, batch))
+        run = lambda params, batch: self.model.apply({"params": params}, batch)
+        self.outputs = jax.jit(run)
 
-    def gradient(self, score, batch: dict) -> dict[str, np.ndarray]:
-        """By path, of ``score(outputs)``."""
-        of = lambda params: score(self.model.apply({"params": params}, batch))
-        leaves = jax.tree_util.tree_leaves_with_path(jax.jit(jax.grad(of))(self.params))
+        def score(params, batch, of_text, of_pictures):
+            out = run(params, batch)
+            text = jnp.where(of_text[None, :, None], jnp.sin(out.logits), 0)
+            pictures = jnp.where(of_pictures[None, :, None], jnp.sin(out.denoised), 0)
+            return text.sum() + pictures.sum()
+
+        self._gradient = jax.jit(jax.grad(score))
+
+    def gradient(self, batch: dict, text=(), pictures=()) -> dict[str, np.ndarray]:
+        """By path, of what is said of the tokens of these numbers as text, and as pictures."""
+        chosen = (np.isin(np.arange(len(ROW)), of) for of in (text, pictures))
+        leaves = jax.tree_util.tree_leaves_with_path(self._gradient(self.params, batch, *chosen))
         return {"/".join(k.key for k in path): np.asarray(leaf) for path, leaf in leaves}

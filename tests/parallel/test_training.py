@@ -48,6 +48,20 @@ CHOICE = {"model.moe.allowed": ((0, 1, 2, 3), (4, 5, 6, 7)), "model.moe.hidden":
 MODELS = {
     "mot": ("mot", {}),
     "transfusion": ("quickstart:transfusion", {"model.latents.adapter": "linear"}),
+    # Pictures that open their row are read by the tower of text.
+    "bagel": ("bagel", {"objective.max_time_image_first": 0.0}),
+    "hbridge": (
+        "hbridge",
+        {
+            "model.share_attention": (True, False),
+            "model.towers.widths": (32, 16),
+            "model.towers.heads": (4, 2),
+            "model.head_size": 8,
+            "model.ffn_hidden": (32, 16),
+            "objective.text_weight": 1.0,
+            "optim.freeze": (),
+        },
+    ),
     "moma": ("moma:4t4i", CHOICE),
     # Its bias is moved by the counts of the whole batch.
     "deepseek_v3": ("deepseek_v3", {**EXPERTS, "model.moe.shared_hidden": 16}),
@@ -102,7 +116,8 @@ def batch_of(config, step):
     }
     if config.model.latents.channels:
         image_id = np.zeros((rows, length), np.int32)
-        image_id[:, 4:8] = 1
+        # In every other row the picture opens it, behind BOS and BOI.
+        image_id[::2, 4:8] = image_id[1::2, 2:6] = 1
         latents = rng.standard_normal((rows, length, config.model.latents.size))
         batch |= {
             "image_id": image_id,
