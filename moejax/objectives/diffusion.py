@@ -79,6 +79,7 @@ def diffusion_objective(config: DiffusionConfig, model):
     num_classes = getattr(model, "num_classes", 0)
 
     def prepare(batch: dict, rng: Array) -> dict:
+        batch = jax.tree.map(jnp.asarray, batch)
         augment_rng, time_rng, noise_rng, label_rng = jax.random.split(rng, 4)
         require(
             "latents" not in batch or config.augment == AugmentConfig(),

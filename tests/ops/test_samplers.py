@@ -133,6 +133,21 @@ def test_both_directions_of_time_agree():
         np.testing.assert_allclose(there, back, atol=1e-4)
 
 
+def test_two_steps_of_2m_by_hand():
+    """Of "edm", whose log(a / b) is -log(sigma): first order, then a step twice as long."""
+    diffusion = EVERY["edm"]
+    noise = row_noise(keys(3), 0, (2,))
+    network = network_of(diffusion, lambda x, a, b: jnp.sin(x) + b)
+    found = sample(diffusion, "dpmpp_2m", network, noise, np.float32([4.0, 2.0, 0.5])).final
+    x = 4 * np.asarray(noise, np.float64)
+    first = np.sin(x) + 4
+    x = x / 2 + (1 - 1 / 2) * first
+    second = np.sin(x) + 2
+    # r = h_before / h = 1 / 2
+    ahead = (1 + 1 / (2 * 0.5)) * second - 1 / (2 * 0.5) * first
+    np.testing.assert_allclose(found, x / 4 + (1 - 1 / 4) * ahead, rtol=1e-4, atol=1e-4)
+
+
 def test_the_step_of_the_sde_by_hand():
     """From t = 1 to 1/2 of the flow: the slope and eps, and noise of variance 2 b / 2."""
     noise, key_b = row_noise(keys(3), 0, (2,)), keys(3, seed=5)
@@ -165,7 +180,7 @@ def test_the_ddpm_step_is_the_papers():
 def test_ancestral_noise_has_the_learned_variance():
     """-1 gives the variance of q(x_s | x_t, x0), 1 that of q(x_t | x_s), 0 their geometric mean."""
     diffusion = Diffusion("ddpm", schedule="linear", learned_range=True)
-    grid = np.float32([0.5, 0.499])
+    grid = np.float32([0.3, 0.1])
     at_t, at_s = (path(diffusion, jnp.float32(t), jnp.zeros(())) for t in grid)
     beta = 1 - (at_t.a / at_s.a) ** 2
     low = math.sqrt(beta * (1 - at_s.a**2) / (1 - at_t.a**2))

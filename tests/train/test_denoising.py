@@ -148,9 +148,12 @@ def test_pictures_are_denoised_in_each_quarter_by_noise_of_their_own():
     assert len(set(quarters)) == 4
     turned = denoising(picture_context(0.0, PicturePipeline([3, 5, 0, 1, 4, 2]), DiffusionConfig()))
     assert turned == pytest.approx(found, rel=1e-5)
-    # Of the flow x_t is the noise where there is most of it: eps is predicted best there.
-    better = denoising(picture_context(1.0, PicturePipeline(), DiffusionConfig()))
-    assert better["image/loss_quarter_4"] < better["image/loss_quarter_1"]
+    # The error of the prediction x_t is (2 - t) x0 - (1 - t) eps, which falls with t: in the first
+    # quarter it is 1.9 or so, in the last 0.4.
+    reads = denoising(picture_context(1.0, PicturePipeline(), DiffusionConfig()))
+    quarters = [reads[f"image/loss_quarter_{i}"] for i in range(1, 5)]
+    assert quarters == sorted(quarters, reverse=True)
+    assert quarters[0] > 1.4 and quarters[3] < 0.7
 
 
 def test_the_bound_is_measured_where_the_range_is_learned():
