@@ -32,35 +32,34 @@ def noisy_batch(
     x0: Float[Array, "b h w z"],
     eps: Float[Array, "b h w z"],
     times: Float[Array, " b"],
-    no_label: Bool[Array, " b"] | None = None,
+    dropped: Bool[Array, " b"] | None = None,
 ) -> dict:
     """The batch that the model sees.
 
     Args:
-      batch: with ``labels`` [b], negative where there is none, unless ``num_classes`` is 0.
+      batch: with ``labels`` [b], negative where there is none, unless ``num_classes`` is 0; with
+        ``tokens`` [b, t] where pictures have texts.
       config: the process.
       num_classes: number of the null class, that of pictures without a label.
       x0: the data.
       eps: standard normal noise.
       times: of moejax.ops.diffusion.
-      no_label: rows that lose their label, and their text.
+      dropped: rows that lose their label and their text.
 
     Returns:
       ``batch`` without its pictures, with ``x_t`` [b, h, w, z] and ``times`` [b] as the network
-      reads them (:func:`~moejax.ops.diffusion.network_input`), and ``labels`` [b] in
-      0..num_classes.
+      reads them (:func:`~moejax.ops.diffusion.network_input`), ``labels`` [b] in 0..num_classes,
+      and texts that are lost all padding.
     """
     kept = {name: value for name, value in batch.items() if name not in ("images", "latents")}
     x_t, told = diffusion.network_input(config, diffusion.add_noise(config, x0, eps, times), times)
-    if num_classes:
-        labels = jnp.asarray(batch["labels"], jnp.int32)
-        unknown = labels < 0 if no_label is None else (labels < 0) | no_label
-        labels = jnp.where(unknown, num_classes, labels)
-    else:
-        labels = jnp.zeros(len(x0), jnp.int32)
-    if "tokens" in batch and no_label is not None:
-        kept["tokens"] = jnp.where(no_label[:, None], PAD, batch["tokens"])
-    return {**kept, "x_t": x_t, "times": told, "labels": labels}
+    b = len(x0)
+    dropped = jnp.zeros(b, bool) if dropped is None else dropped
+    labels = jnp.asarray(batch["labels"] if num_classes else jnp.zeros(b), jnp.int32)
+    kept["labels"] = jnp.where(dropped | (labels < 0), num_classes, labels)
+    if "tokens" in batch:
+        kept["tokens"] = jnp.where(dropped[:, None], PAD, batch["tokens"])
+    return {**kept, "x_t": x_t, "times": told}
 
 
 @OBJECTIVES.register("diffusion")
@@ -80,6 +79,7 @@ def diffusion_objective(config: DiffusionConfig, model):
     num_classes = getattr(model, "num_classes", 0)
 
     def prepare(batch: dict, rng: Array) -> dict:
+        batch = jax.tree.map(jnp.asarray, batch)
         augment_rng, time_rng, noise_rng, label_rng = jax.random.split(rng, 4)
         require(
             "latents" not in batch or config.augment == AugmentConfig(),

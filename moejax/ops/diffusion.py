@@ -88,7 +88,7 @@ def clock(diffusion: Diffusion, t: Float[Array, "..."]) -> Float[Array, "..."]:
 def noise_schedule(name: str) -> tuple[np.ndarray, np.ndarray]:
     """``(sqrt(abar), sqrt(1 - abar))`` at steps 0..1000, in float64.
 
-    ``abar_i`` is the product of ``1 - beta``. "cosine": ``beta_i = min(1 - f(i) / f(i - 1), 0.999)``
+    ``abar_i`` is the product of ``1 - beta``. "cosine": beta is ``min(1 - f(i) / f(i - 1), 0.999)``
     with ``f(i) = cos((i / T + s) / (1 + s) * pi / 2)^2``, s = 0.008 (arXiv 2102.09672, equation
     17). "linear": beta from 1e-4 to 0.02 in equal steps (arXiv 2006.11239, section 4).
     """
@@ -156,8 +156,8 @@ def implied(
 
     Channels of the output beyond those of ``x_t`` are no prediction, and are not read.
 
-    From "eps" x0 is its error times ``b / a``, which grows to 20,000 at t = 1 of the cosine schedule
-    and to 160 of the linear one.
+    An error of "eps" is in x0 ``b / a`` times as large: 20,000 at t = 1 of the cosine schedule, 160
+    of the linear one.
     """
     prediction = output[..., : x_t.shape[-1]]
     a, b, da, db = path(diffusion, t, x_t)

@@ -156,7 +156,11 @@ def sample(
         x, x0_before, kept = carry
         t, s = times_n[index], times_n[index + 1]
         now = evaluate(x, t)
-        draw = lambda: row_noise(key_b, index + 1, x.shape[1:])
+
+        def draw():
+            assert key_b is not None
+            return row_noise(key_b, index + 1, x.shape[1:])
+
         moment = Moment(diffusion, evaluate, x, now, x0_before, t, s, ratios_n[index], draw)
         x = jnp.where(s > 0, found.step(moment), now.x0)
         here = (keep_k == index).reshape(-1, *(1,) * x.ndim)
@@ -183,8 +187,8 @@ def guide(
 ) -> Float[Array, "b *rest c"]:
     """Classifier-free guidance, ``uncond + w (cond - uncond)`` (arXiv 2207.12598).
 
-    On any prediction the same, since x0 and eps follow linearly from it. Written so that w = 1 is
-    the conditional bit for bit.
+    On any prediction the same, since x0 and eps follow linearly from it. In float32, and written so
+    that w = 1 is the conditional bit for bit.
 
     Args:
       conditional: the network's output.
@@ -192,7 +196,8 @@ def guide(
       weight: w, a number or one for each row.
       channels: how many are guided, the first; the others are the conditional's. By default all.
     """
-    weight = jnp.asarray(weight, conditional.dtype).reshape(-1, *(1,) * (conditional.ndim - 1))
+    conditional, unconditional = (x.astype(jnp.float32) for x in (conditional, unconditional))
+    weight = jnp.asarray(weight, jnp.float32).reshape(-1, *(1,) * (conditional.ndim - 1))
     guided = conditional + (weight - 1.0) * (conditional - unconditional)
     if channels is None:
         return guided
@@ -233,7 +238,7 @@ def guided(
 
     def both(x: Array, time_b: Array) -> Array:
         rows = network(jnp.repeat(x, 2, axis=0), jnp.repeat(time_b, 2), paired)
-        weight_b = jnp.broadcast_to(jnp.asarray(weight, rows.dtype), time_b.shape)
+        weight_b = jnp.broadcast_to(jnp.asarray(weight, jnp.float32), time_b.shape)
         if interval is not None:
             low, high = interval
             weight_b = jnp.where((time_b >= low) & (time_b <= high), weight_b, 1.0)

@@ -1,4 +1,4 @@
-"""Noising, targets, time and samplers of both processes, against closed forms and plain loops."""
+"""Noising, predictions and losses of every process, against closed forms and plain loops."""
 
 import math
 
@@ -7,38 +7,39 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.config.diffusion import Diffusion
+from moejax.config.diffusion import Diffusion, DiffusionConfig, TimeSampling
+from moejax.errors import UserError
 from moejax.ops import diffusion
 
-NAMES = ("ddpm", "flow")
+from .analytic import EDM_TIMES, EVERY
+
+FLOW, DDPM = Diffusion("flow"), Diffusion("ddpm")
+LINEAR = Diffusion("ddpm", schedule="linear")
+LEARNED = Diffusion("ddpm", schedule="linear", learned_range=True)
+EDM = Diffusion("edm", sigma_data=0.5, times=EDM_TIMES)
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=EVERY)
 def process(request):
-    return request.param
+    return EVERY[request.param]
 
 
 def normal(seed, *shape):
     return jax.random.normal(jax.random.key(seed), shape)
 
 
-def cosine_by_hand():
-    """abar_0..abar_1000 by the loop that the paper writes."""
+def abar_by_hand(schedule):
+    """abar_0..abar_1000 by the loops that the papers write."""
 
     def f(i):
         return math.cos((i / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2
 
     abar, values = 1.0, [1.0]
     for i in range(1, 1001):
-        abar *= 1 - min(1 - f(i) / f(i - 1), 0.999)
+        cosine = min(1 - f(i) / f(i - 1), 0.999)
+        abar *= 1 - (cosine if schedule == "cosine" else 1e-4 + (i - 1) * (0.02 - 1e-4) / 999)
         values.append(abar)
     return np.array(values)
-
-
-def test_both_processes_are_registered():
-    assert tuple(diffusion.PROCESSES) == NAMES
-    with pytest.raises(UserError, match="no diffusion process 'dppm'.*ddpm"):
-        diffusion.target("dppm", jnp.zeros(1), jnp.zeros(1))
 
 
 def test_time_zero_is_the_data_exactly(process):
@@ -47,244 +48,224 @@ def test_time_zero_is_the_data_exactly(process):
         np.testing.assert_array_equal(diffusion.add_noise(process, x0, eps, t), x0)
 
 
+@pytest.mark.parametrize("process", [FLOW, DDPM, LINEAR], ids=["flow", "cosine", "linear"])
 def test_time_one_is_noise_of_unit_variance(process):
-    count = 100_000
-    x0, eps = 3.0 + normal(0, count, 1), normal(1, count, 1)
-    noisy = np.asarray(diffusion.add_noise(process, x0, eps, jnp.ones(count)), np.float64)
-    # Three standard errors of a mean and of a variance; the schedule leaves 5e-5 of the data.
-    assert abs(noisy.mean()) < 3 / math.sqrt(count) + 2e-4
-    assert abs(noisy.var() - 1) < 3 * math.sqrt(2 / count) + 1e-3
-    np.testing.assert_allclose(noisy, eps, atol=4e-4)
+    x0, eps = 3.0 + normal(0, 1000, 1), normal(1, 1000, 1)
+    noisy = diffusion.add_noise(process, x0, eps, jnp.ones(1000))
+    # The schedules leave 5e-5 and 6e-3 of the data.
+    atol = {"cosine": 4e-4, "linear": 0.05}[process.schedule]
+    np.testing.assert_allclose(noisy, eps, atol=0 if process is FLOW else atol)
 
 
-def test_variance_is_kept_on_the_way_by_ddpm_only():
+def test_coefficients():
+    """The flow mixes by shares, DDPM keeps the variance, EDM adds sigma times the noise."""
     t = jnp.linspace(0, 1, 11)
-    one, zero = jnp.ones(11), jnp.zeros(11)
-    for name in NAMES:
-        a = np.asarray(diffusion.add_noise(name, one, zero, t))
-        b = np.asarray(diffusion.add_noise(name, zero, one, t))
-        if name == "ddpm":
-            np.testing.assert_allclose(a**2 + b**2, 1, atol=1e-6)
-        else:
+    for process in (FLOW, DDPM, LINEAR, EDM):
+        a, b, da, db = (np.asarray(x) for x in diffusion.path(process, t, t))
+        if process is FLOW:
             np.testing.assert_allclose(a + b, 1, atol=1e-6)
+        elif process is EDM:
+            np.testing.assert_array_equal(a, 1)
+            np.testing.assert_array_equal(b, t)
+        else:
+            np.testing.assert_allclose(a**2 + b**2, 1, atol=1e-6)
+        # The slope in the process's own time, by finite differences between neighbours.
+        if process.process != "ddpm":
+            clock = np.asarray(diffusion.clock(process, t))
+            np.testing.assert_allclose(np.gradient(a, clock), da, atol=1e-5)
+            np.testing.assert_allclose(np.gradient(b, clock), db, atol=1e-5)
+        else:
+            angle = np.asarray(diffusion.clock(process, t))
+            np.testing.assert_allclose(np.cos(angle), a, atol=1e-6)
+            np.testing.assert_allclose(np.sin(angle), b, atol=1e-6)
+            np.testing.assert_array_equal((da, db), (-b, a))
 
 
-def test_cosine_schedule_against_the_loop():
-    abar = cosine_by_hand()
-    signal, noise = diffusion.cosine_schedule()
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_schedules_against_the_loops(schedule):
+    abar = abar_by_hand(schedule)
+    signal, noise = diffusion.noise_schedule(schedule)
     np.testing.assert_allclose(signal**2, abar, rtol=1e-9)
-    np.testing.assert_allclose(noise**2, 1 - abar, rtol=1e-9)
-    # The closed form holds until the last beta, which is clipped.
+    np.testing.assert_allclose(noise**2, 1 - abar, rtol=1e-9, atol=1e-12)
+    # A time of the discrete process is the index over 1,000.
+    t = jnp.asarray(np.arange(1001) / 1000, jnp.float32)
+    process = Diffusion("ddpm", schedule=schedule)
+    kept = diffusion.add_noise(process, jnp.ones(1001), jnp.zeros(1001), t)
+    np.testing.assert_allclose(kept, np.sqrt(abar), rtol=1e-6)
+
+
+def test_the_cosine_schedule_in_closed_form():
+    abar = abar_by_hand("cosine")
     t = np.arange(1000) / 1000
     closed = np.cos((t + 0.008) / 1.008 * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
     np.testing.assert_allclose(abar[:-1], closed, rtol=1e-9)
+    # The last beta is clipped.
     assert abar[-1] == pytest.approx(1e-3 * abar[-2], rel=1e-9)
 
 
-def test_ddpm_time_is_the_index_over_1000():
-    index = np.arange(0, 1001)
-    t = jnp.asarray(index / 1000, jnp.float32)
-    kept = diffusion.add_noise("ddpm", jnp.ones(1001), jnp.zeros(1001), t)
-    np.testing.assert_allclose(kept, np.sqrt(cosine_by_hand()), rtol=1e-6)
-
-
-def test_targets(process):
-    x0, eps = normal(0, 5), normal(1, 5)
-    expected = eps if process == "ddpm" else eps - x0
-    np.testing.assert_array_equal(diffusion.target(process, x0, eps), expected)
+def test_targets_by_hand():
+    x0, eps, t = jnp.asarray([2.0]), jnp.asarray([-1.0]), jnp.asarray([0.25])
+    a, b = np.sqrt(abar_by_hand("cosine")[250]), np.sqrt(1 - abar_by_hand("cosine")[250])
+    found = lambda process, t=t: float(diffusion.target(process, x0, eps, t)[0])
+    assert found(DDPM) == -1
+    assert found(Diffusion("ddpm", prediction="x0")) == 2
+    assert found(Diffusion("ddpm", prediction="velocity")) == pytest.approx(-a - 2 * b, rel=1e-6)
+    assert found(FLOW) == -3
+    assert found(Diffusion("flow", direction="to_data")) == 3
+    assert found(Diffusion("flow", prediction="x0", direction="to_data")) == 2
+    # sigma 1.2 and sigma_data 0.5: c_skip = 0.25 / 1.69, c_out = 0.6 / 1.3.
+    x_t = 2 - 1.2
+    expected = (2 - 0.25 / 1.69 * x_t) / (0.6 / 1.3)
+    assert found(EDM, jnp.asarray([1.2])) == pytest.approx(expected, rel=1e-6)
 
 
 def test_flow_target_is_the_derivative_in_time():
+    """Of the network's time, whichever way it runs."""
     x0, eps = normal(0, 6, 2), normal(1, 6, 2)
     t = jnp.linspace(0.1, 0.9, 6)
-    noisy = lambda t: diffusion.add_noise("flow", x0, eps, t)
-    _, slope = jax.jvp(noisy, (t,), (jnp.ones(6),))
-    np.testing.assert_allclose(slope, diffusion.target("flow", x0, eps), rtol=1e-6)
+    for process in (FLOW, EVERY["flow_to_data"]):
+        _, told = diffusion.network_input(process, x0, t)
+        back = (lambda u: u) if process is FLOW else (lambda u: 1 - u)
+        noisy = lambda u, process=process, back=back: diffusion.add_noise(process, x0, eps, back(u))
+        _, slope = jax.jvp(noisy, (told,), (jnp.ones(6),))
+        np.testing.assert_allclose(slope, diffusion.target(process, x0, eps, t), rtol=1e-5)
 
 
-def test_predict_x0_inverts_the_noising(process):
-    t = jnp.asarray([0.0, 0.013, 0.25, 0.5, 0.9, 0.99])
-    x0, eps = normal(0, 6, 4, 3), normal(1, 6, 4, 3)
-    noisy = diffusion.add_noise(process, x0, eps, t)
-    prediction = diffusion.target(process, x0, eps)
-    found = diffusion.predict_x0(process, noisy, prediction, t)
-    np.testing.assert_allclose(found, x0, atol=1e-4)
+def test_what_the_network_reads():
+    x, t = normal(0, 3, 2), jnp.asarray([0.1, 0.5, 2.0])
+    for process, told in ((DDPM, t), (FLOW, t), (EVERY["flow_to_data"], 1 - t)):
+        seen, number = diffusion.network_input(process, x, t)
+        np.testing.assert_array_equal(seen, x)
+        np.testing.assert_array_equal(number, told)
+    seen, number = diffusion.network_input(EDM, x, t)
+    np.testing.assert_allclose(seen, x / np.sqrt(np.asarray(t)[:, None] ** 2 + 0.25), rtol=1e-6)
+    np.testing.assert_allclose(number, np.log(t) / 4, rtol=1e-6)
+
+
+def test_the_true_prediction_implies_the_data_and_the_noise(process):
+    t = jnp.asarray([0.013, 0.25, 0.5, 0.9, 0.99])
+    x0, eps = normal(0, 5, 4, 3), normal(1, 5, 4, 3)
+    x_t = diffusion.add_noise(process, x0, eps, t)
+    prediction = diffusion.target(process, x0, eps, t)
+    # What a network says beside its prediction is not read.
+    output = jnp.concatenate([prediction, 99 + 0 * prediction], axis=-1)
+    found = diffusion.implied(process, x_t, output, t)
+    np.testing.assert_allclose(found[0], x0, atol=1e-4)
+    np.testing.assert_allclose(found[1], eps, atol=1e-4)
+
+
+def test_edm_is_the_papers():
+    """c_skip, c_out, c_in, c_noise and lambda of table 1, at noise levels from end to end."""
+    data = 0.5
+    x0, eps, raw = data * normal(0, 4, 3), normal(1, 4, 3), normal(2, 4, 3)
+    sigma = np.asarray([[0.002], [0.3], [1.7], [80.0]], np.float64)
+    t = jnp.asarray(sigma[:, 0], jnp.float32)
+    skip = data**2 / (sigma**2 + data**2)
+    out = sigma * data / np.sqrt(sigma**2 + data**2)
+    weight = (sigma**2 + data**2) / (sigma * data) ** 2
+    x_t = diffusion.add_noise(EDM, x0, eps, t)
+    np.testing.assert_allclose(x_t, x0 + sigma * eps, rtol=1e-5)
+    denoised = skip * x_t + out * raw
+    found_x0, found_eps = diffusion.implied(EDM, x_t, raw, t)
+    np.testing.assert_allclose(found_x0, denoised, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(x_t - sigma * found_eps, denoised, rtol=1e-4, atol=1e-4)
+    # In float64: at the smallest sigma D and x0 differ in their last digits.
+    exact = [np.asarray(x, np.float64) for x in (x0, eps, raw)]
+    noisy = exact[0] + sigma * exact[1]
+    error = weight * np.square(skip * noisy + out * exact[2] - exact[0])
+    found = diffusion.losses(EDM, raw, x0, eps, t)["error"]
+    np.testing.assert_allclose(found, error.mean(axis=1), rtol=1e-4)
+
+
+def test_losses_are_means_of_squares():
+    """Of every process; channels beyond the data's do not count where no range is learned."""
+    x0, eps = normal(0, 3, 2, 2, 4), normal(1, 3, 2, 2, 4)
+    t = jnp.asarray([0.2, 0.5, 0.9])
+    for process in EVERY.values():
+        off = jnp.asarray([0.5, -1.0, 2.0]).reshape(3, 1, 1, 1)
+        output = diffusion.target(process, x0, eps, t) + off
+        found = diffusion.losses(process, jnp.concatenate([output, 7 * output], -1), x0, eps, t)
+        assert list(found) == ["error"]
+        np.testing.assert_allclose(found["error"], [0.25, 1, 4], rtol=1e-4)
+    with pytest.raises(ValueError, match="an output of 4 channels for data of 4, and as many"):
+        diffusion.losses(LEARNED, x0, x0, eps, t)
+
+
+def normal_divergence(mean, variance, other_mean, other_variance):
+    """In nats."""
+    ratio = variance / other_variance
+    return 0.5 * (ratio - 1 - np.log(ratio) + np.square(mean - other_mean) / other_variance)
+
+
+def test_variational_bound_against_the_papers_formulas():
+    """A divergence at steps above 1: equations 6, 7 and 10 of DDPM, 15 of the improved one."""
+    abar = abar_by_hand("linear")
+    index = np.array([2, 40, 500, 1000])
+    alpha = (abar[index] / abar[index - 1])[:, None]
+    at, before = abar[index][:, None], abar[index - 1][:, None]
+    beta = 1 - alpha
+    posterior = (1 - before) / (1 - at) * beta
+    x0, eps, guess, v = (np.asarray(normal(seed, 4, 3), np.float64) for seed in range(4))
+    x_t = np.sqrt(at) * x0 + np.sqrt(1 - at) * eps
+    true_mean = np.sqrt(before) * beta / (1 - at) * x0
+    true_mean = true_mean + np.sqrt(alpha) * (1 - before) / (1 - at) * x_t
+    mean = (x_t - beta / np.sqrt(1 - at) * guess) / np.sqrt(alpha)
+    variance = np.exp((v + 1) / 2 * np.log(beta) + (1 - v) / 2 * np.log(posterior))
+    expected = normal_divergence(true_mean, posterior, mean, variance) / np.log(2)
+    output = jnp.asarray(np.concatenate([guess, v], axis=1), jnp.float32)
+    arguments = (*(jnp.float32(x) for x in (x0, eps)), jnp.asarray(index / 1000, jnp.float32))
+    found = diffusion.variational_bound(LEARNED, output, *arguments)
+    np.testing.assert_allclose(found, expected, rtol=5e-3)
+    bound = diffusion.losses(LEARNED, output, *arguments)["bound"]
+    np.testing.assert_allclose(bound, expected.mean(axis=1), rtol=5e-3)
+
+
+def test_the_first_step_is_a_code_length():
+    """All bins of a picture's values have probability 1 together; the length by a fine sum."""
+    values = jnp.asarray(np.arange(256) / 127.5 - 1, jnp.float32)
+    log_probability = lambda mean, std: diffusion._log_bin_probability(
+        values, jnp.float32(mean), jnp.float32(std)
+    )
+    for mean, std in ((0.1, 0.01), (-0.99, 0.03), (0.7, 0.2)):
+        assert float(jnp.exp(log_probability(mean, std)).sum()) == pytest.approx(1, abs=1e-4)
+    # beta_1 = 1e-4, v = 1: a standard deviation of 0.01 around x0, which eps says rightly.
+    t = jnp.full(2, 0.001)
+    x0, eps = values[jnp.asarray([[100], [7]])], normal(0, 2, 1)
+    output = jnp.concatenate([eps, jnp.ones((2, 1))], axis=1)
+    found = diffusion.variational_bound(LEARNED, output, x0, eps, t)
+    inside = math.erf(1 / 255 / 0.01 / math.sqrt(2))
+    np.testing.assert_allclose(found, -math.log2(inside), rtol=0.01)
+
+
+def test_the_bound_trains_the_variance_alone():
+    """Its gradient is 0 in the prediction, and 0 in v where v says the variance rightly."""
+    t = jnp.asarray([0.3, 0.001, 0.9])
+    x0, eps = jnp.tanh(normal(0, 3, 4)), normal(1, 3, 4)
+
+    def total(prediction, v, name):
+        output = jnp.concatenate([prediction, v], axis=-1)
+        return diffusion.losses(LEARNED, output, x0, eps, t)[name].sum()
+
+    gradient = jax.jit(jax.grad(total, argnums=(0, 1)), static_argnums=2)
+    v = 0.3 * normal(2, 3, 4)
+    for name, trains in (("error", (True, False)), ("bound", (False, True))):
+        for part, does in zip(gradient(0.9 * eps, v, name), trains, strict=True):
+            assert np.isfinite(part).all() and bool((np.asarray(part) != 0).all()) == does
+    # With the true mean the best variance is the smaller bound: v = -1, above the first step.
+    _, at_best = gradient(eps, jnp.full((3, 4), -1.0), "bound")
+    np.testing.assert_allclose(at_best[::2], 0, atol=1e-6)
 
 
 def test_each_token_may_have_a_time_of_its_own(process):
     x0, eps = normal(0, 2, 3, 4), normal(1, 2, 3, 4)
     t = jnp.asarray([[0.0, 0.4, 1.0], [0.2, 0.0, 0.7]])
     together = diffusion.add_noise(process, x0, eps, t)
+    wanted = diffusion.target(process, x0, eps, t)
     for b in range(2):
         for i in range(3):
-            alone = diffusion.add_noise(process, x0[b, i], eps[b, i], t[b, i])
-            np.testing.assert_allclose(together[b, i], alone, rtol=1e-6)
-
-
-@pytest.mark.parametrize("noisy_step", [False, True])
-def test_a_step_to_zero_with_the_true_prediction_is_the_data(process, noisy_step):
-    t = jnp.asarray([0.001, 0.04, 0.5, 0.96])
-    x0, eps = normal(0, 4, 3), normal(1, 4, 3)
-    x_t = diffusion.add_noise(process, x0, eps, t)
-    noise = normal(2, 4, 3) if noisy_step else None
-    prediction = diffusion.target(process, x0, eps)
-    found = diffusion.step(process, x_t, prediction, t, jnp.zeros(4), noise)
-    np.testing.assert_allclose(found, x0, atol=1e-4)
-
-
-def test_a_deterministic_step_stays_on_the_path(process):
-    """With the true prediction, the step from t to s is the noising at s with the same noise."""
-    t, s = jnp.asarray([1.0, 0.8, 0.3]), jnp.asarray([0.96, 0.1, 0.299])
-    x0, eps = normal(0, 3, 5), normal(1, 3, 5)
-    x_t = diffusion.add_noise(process, x0, eps, t)
-    found = diffusion.step(process, x_t, diffusion.target(process, x0, eps), t, s)
-    np.testing.assert_allclose(found, diffusion.add_noise(process, x0, eps, s), atol=1e-4)
-
-
-def test_the_flow_step_is_eulers():
-    x, velocity = normal(0, 3, 5), normal(1, 3, 5)
-    t, s = jnp.asarray([1.0, 0.8, 0.3]), jnp.asarray([0.5, 0.1, 0.0])
-    found = diffusion.step("flow", x, velocity, t, s)
-    np.testing.assert_allclose(found, x + (s - t)[:, None] * velocity, atol=1e-6)
-
-
-def test_the_ddpm_step_is_the_papers():
-    """Mean and variance of each single step as equations 7 and 11 of the DDPM paper write them."""
-    abar = cosine_by_hand()
-    index = np.array([2, 40, 500, 960])
-    alpha = abar[index] / abar[index - 1]
-    beta = 1 - alpha
-    x, eps, noise = (np.asarray(normal(seed, 4, 3), np.float64) for seed in range(3))
-    mean = (x - (beta / np.sqrt(1 - abar[index]))[:, None] * eps) / np.sqrt(alpha)[:, None]
-    std = np.sqrt((1 - abar[index - 1]) / (1 - abar[index]) * beta)[:, None]
-    t, s = (jnp.asarray(i / 1000, jnp.float32) for i in (index, index - 1))
-    found = diffusion.step("ddpm", *map(jnp.float32, (x, eps)), t, s, jnp.float32(noise))
-    np.testing.assert_allclose(found, mean + std * noise, rtol=2e-4, atol=2e-4)
-
-
-def test_clip_bounds_the_implied_data(process):
-    x, wrong = normal(0, 3, 5), 100 * normal(1, 3, 5)
-    t = jnp.asarray([0.3, 0.7, 1.0])
-    found = diffusion.step(process, x, wrong, t, jnp.zeros(3), clip=2.0)
-    assert float(jnp.abs(found).max()) == 2.0
-    # The noise is that which x_t holds beside the bounded data.
-    x0 = jnp.clip(diffusion.predict_x0(process, x, wrong, t), -2, 2)
-    a = diffusion.add_noise(process, jnp.ones((3, 1)), jnp.zeros((3, 1)), t)
-    b = diffusion.add_noise(process, jnp.zeros((3, 1)), jnp.ones((3, 1)), t)
-    expected = diffusion.add_noise(process, x0, (x - a * x0) / b, 0.5 * t)
-    found = diffusion.step(process, x, wrong, t, 0.5 * t, clip=2.0)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-    # A bound that does not bind changes nothing.
-    x0 = jnp.clip(normal(2, 3, 5), -1, 1)
-    x_t = diffusion.add_noise(process, x0, x, 0.9 * t)
-    right = diffusion.target(process, x0, x)
-    arguments = (process, x_t, right, 0.9 * t, 0.4 * t)
-    np.testing.assert_allclose(
-        diffusion.step(*arguments, clip=2.0), diffusion.step(*arguments), atol=1e-4
-    )
-
-
-MEAN, STD = 1.5, 0.5
-
-
-def gaussian_prediction(process, x_t, t):
-    """The best prediction for data of N(MEAN, STD^2), in closed form."""
-    a = float(diffusion.add_noise(process, jnp.ones(()), jnp.zeros(()), t))
-    b = float(diffusion.add_noise(process, jnp.zeros(()), jnp.ones(()), t))
-    surprise = (x_t - a * MEAN) / (a**2 * STD**2 + b**2)
-    x0 = MEAN + a * STD**2 * surprise
-    return diffusion.target(process, x0, b * surprise)
-
-
-def sample_gaussian(process, steps, ancestral=False):
-    """(mean, std) of the samples."""
-    keys = jax.random.split(jax.random.key(0), steps + 1)
-    x = jax.random.normal(keys[0], (20_000,))
-    grid = diffusion.time_grid(process, steps)
-    for key, t, s in zip(keys[1:], grid[:-1], grid[1:], strict=True):
-        noise = jax.random.normal(key, x.shape) if ancestral else None
-        prediction = gaussian_prediction(process, x, jnp.asarray(t))
-        x = diffusion.step(process, x, prediction, jnp.asarray(t), jnp.asarray(s), noise)
-    return float(x.mean()), float(x.std())
-
-
-@pytest.mark.parametrize("steps", [25, 100])
-@pytest.mark.parametrize(
-    ("name", "ancestral"), [("ddpm", False), ("ddpm", True), ("flow", False), ("flow", True)]
-)
-def test_samplers_recover_a_gaussian(name, ancestral, steps):
-    """The exact denoiser leaves only the error of the steps, which falls as 1 / steps."""
-    mean, std = sample_gaussian(name, steps, ancestral)
-    # The sampling error of 20,000 draws is 0.004 at most.
-    assert mean == pytest.approx(MEAN, abs=0.012)
-    assert std == pytest.approx(STD, abs=0.01 + 3 / steps * STD)
-
-
-def test_time_grid():
-    for name in NAMES:
-        for steps in (1, 25, 250, 1000):
-            grid = diffusion.time_grid(name, steps)
-            assert grid.shape == (steps + 1,) and grid.dtype == np.float32
-            assert grid[0] == 1 and grid[-1] == 0 and np.all(np.diff(grid) < 0)
-    np.testing.assert_array_equal(
-        diffusion.time_grid("ddpm", 4), np.float32([1, 0.75, 0.5, 0.25, 0])
-    )
-    # Seven steps do not divide 1,000: each time is one of the thousand.
-    np.testing.assert_allclose(
-        diffusion.time_grid("ddpm", 7), [1, 0.857, 0.714, 0.571, 0.429, 0.286, 0.143, 0], rtol=1e-6
-    )
-    shifted = diffusion.time_grid("flow", 4, shift=3.0)
-    np.testing.assert_allclose(shifted, [1, 0.9, 0.75, 0.5, 0], rtol=1e-6)
-    with pytest.raises(ValueError, match="ddpm has 1000 discrete times"):
-        diffusion.time_grid("ddpm", 1001)
-
-
-def test_ddpm_times_are_uniform_over_the_steps():
-    count = 200_000
-    t = np.asarray(diffusion.sample_times("ddpm", jax.random.key(0), (count,)), np.float64)
-    index = np.rint(t * 1000).astype(int)
-    np.testing.assert_allclose(t, index / 1000, rtol=1e-6)
-    counts = np.bincount(index, minlength=1001)
-    assert counts[0] == 0 and len(counts) == 1001
-    # Six standard deviations of a count of 200.
-    assert np.abs(counts[1:] - 200).max() < 6 * math.sqrt(200)
-
-
-def test_flow_times_are_uniform():
-    t = np.asarray(diffusion.sample_times("flow", jax.random.key(0), (400, 250)))
-    assert t.shape == (400, 250) and t.dtype == np.float32
-    assert t.min() > 0 and t.max() <= 1
-    counts = np.histogram(t, bins=10, range=(0, 1))[0]
-    np.testing.assert_allclose(counts, 10_000, rtol=0.05)
-
-
-def test_logit_normal_times(process):
-    options = TimeSampling("logit_normal", mean=-0.5, std=1.2)
-    t = np.asarray(diffusion.sample_times(process, jax.random.key(0), (100_000,), options))
-    # For "ddpm" rounded up to the next thousandth, which moves the quantiles by half of one.
-    expected = [1 / (1 + math.exp(0.5 - 1.2 * z)) for z in (-1.0, 0.0, 1.0)]
-    np.testing.assert_allclose(np.quantile(t, [0.158655, 0.5, 0.841345]), expected, atol=0.01)
-
-
-def test_shift_moves_every_time(process):
-    key = jax.random.key(0)
-    plain = np.asarray(diffusion.sample_times(process, key, (1000,)), np.float64)
-    shifted = diffusion.sample_times(process, key, (1000,), TimeSampling(shift=3.0))
-    np.testing.assert_allclose(shifted, 3 * plain / (1 + 2 * plain), atol=0.004)
-
-
-def test_largest_time_of_each_picture(process):
-    limit = jnp.asarray([[1.0], [0.5], [0.001]])
-    t = diffusion.sample_times(process, jax.random.key(0), (3, 20_000), max_time=limit)
-    largest = np.asarray(t).max(axis=1)
-    np.testing.assert_allclose(largest, [1, 0.5, 0.001], rtol=0.01)
-    assert np.asarray(t).min() > 0
-    np.testing.assert_allclose(np.asarray(t)[1].mean(), 0.25, atol=0.005)
-
-
-def test_unknown_distribution():
-    with pytest.raises(ValueError, match="no distribution of times 'cauchy'"):
-        diffusion.sample_times("flow", jax.random.key(0), (2,), TimeSampling("cauchy"))
+            arguments = (process, x0[b, i], eps[b, i], t[b, i])
+            np.testing.assert_allclose(together[b, i], diffusion.add_noise(*arguments), rtol=1e-5)
+            np.testing.assert_allclose(wanted[b, i], diffusion.target(*arguments), rtol=1e-5)
 
 
 def test_timestep_embedding_by_hand():
@@ -299,18 +280,47 @@ def test_timestep_embedding_by_hand():
 
 
 def test_under_jit_and_in_the_latents_dtype(process):
-    """As the training step and the sampling loop call it: traced times, compiled."""
+    """As the training step calls it: traced times, compiled."""
 
     @jax.jit
-    def run(x0, eps, t, s):
+    def run(x0, eps, t):
         x_t = diffusion.add_noise(process, x0, eps, t)
-        found = diffusion.step(process, x_t, diffusion.target(process, x0, eps), t, s, eps)
-        return found, diffusion.predict_x0(process, x_t, eps, t)
+        wanted = diffusion.target(process, x0, eps, t)
+        return x_t, wanted, *diffusion.implied(process, x_t, wanted, t)
 
-    x0, eps = normal(0, 2, 3, 4), normal(1, 2, 3, 4)
-    t, s = jnp.full((2, 3), 0.6), jnp.full((2, 3), 0.2)
-    for value in run(x0, eps, t, s):
+    x0, eps, t = normal(0, 2, 3, 4), normal(1, 2, 3, 4), jnp.full((2, 3), 0.6)
+    for value in run(x0, eps, t):
         assert value.shape == x0.shape and value.dtype == jnp.float32
     with jax.enable_x64(True):
         wide = [jnp.asarray(np.asarray(x), jnp.float64) for x in (x0, eps)]
-        assert {value.dtype for value in run(*wide, t, s)} == {jnp.dtype("float64")}
+        assert {value.dtype for value in run(*wide, t)} == {jnp.dtype("float64")}
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"process": "dppm"}, "objective.process: 'dppm' is none of flow, ddpm, edm"),
+        ({"prediction": "eps"}, "objective.prediction: 'eps' is none of velocity, x0"),
+        ({"schedule": "linear"}, "objective.schedule: is of process 'ddpm'; leave it cosine"),
+        ({"learned_range": True}, "objective.learned_range: is of process 'ddpm'"),
+        ({"process": "ddpm", "direction": "to_data"}, "objective.direction: is of process 'flow'"),
+        ({"process": "edm"}, "objective.times.distribution: 'uniform' is none of log_normal"),
+        ({"times": EDM_TIMES}, "objective.times.distribution: 'log_normal' is none of uniform"),
+        ({"sigma_min": 90.0}, "objective.sigma_min: need 0 < sigma_min < sigma_max"),
+        (
+            {"process": "edm", "times": TimeSampling("log_normal", shift=2.0)},
+            "objective.times.shift: leave it 1",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(fields, message):
+    for kind in (Diffusion, DiffusionConfig):
+        with pytest.raises(UserError, match=message):
+            kind(**fields)
+
+
+def test_unknown_distribution():
+    with pytest.raises(UserError, match="objective.times.distribution: 'cauchy' is none of"):
+        TimeSampling("cauchy")
+    with pytest.raises(UserError, match="objective.times.std: must be positive"):
+        TimeSampling(std=0.0)

@@ -1,12 +1,16 @@
 """The denoising evaluator: its baseline by hand, and the same noise at every evaluation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moejax.config import load_config
-from moejax.config.diffusion import Diffusion
+from moejax.config.diffusion import Diffusion, DiffusionConfig
+from moejax.config.schema import Config, DataConfig
+from moejax.config.vision import ViTConfig
 from moejax.errors import UserError
 from moejax.ops import diffusion
 from moejax.train.denoising import denoising, gaussian_loss
@@ -79,6 +83,80 @@ def test_it_needs_the_objective_that_it_measures():
     config = load_config("quickstart", {"eval.metrics": ("denoising",)})
     with pytest.raises(UserError, match="'denoising' needs objective.name=transfusion or"):
         check_evaluators(config)
+
+
+PICTURES = 6
+EMOJI = Config(
+    ViTConfig(image_size=4, num_classes=3),
+    DataConfig(format="images", image_size=4),
+    DiffusionConfig(),
+)
+
+
+class PicturePipeline:
+    """Six pictures in two batches of four, the last rows filler; in another order if asked."""
+
+    def __init__(self, order=range(PICTURES)):
+        self.order = list(order)
+
+    def eval_batches(self, limit=0):
+        images = np.random.default_rng(2).integers(0, 256, (PICTURES, 4, 4, 3), np.uint8)
+        for begin in (0, 4):
+            index = np.asarray((self.order + [0, 0])[begin : begin + 4], np.int32)
+            weights = np.float32(np.arange(begin, begin + 4) < PICTURES)
+            yield {
+                "images": images[index],
+                "index": index,
+                "labels": index % 3,
+                "weights": weights,
+            }
+
+
+class PictureModel:
+    """Predicts its parameter times what it reads, and says nothing of the variance."""
+
+    def apply(self, variables, batch, *, train):
+        assert not train
+        output = variables["params"] * batch["x_t"]
+        double = jnp.concatenate([output, 0 * output], axis=-1)
+        return type("Output", (), {"prediction": double, "aux": {}})
+
+
+def picture_context(params, pipeline, objective):
+    from moejax.objectives import build_objective
+    from moejax.parallel.mesh import make_mesh
+
+    config = dataclasses.replace(EMOJI, objective=objective)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    return EvalContext(
+        config, PictureModel(), build_objective(config), jnp.asarray(params), pipeline, None, mesh
+    )
+
+
+def test_pictures_are_denoised_in_each_quarter_by_noise_of_their_own():
+    """The loss by hand for the prediction 0: the mean square of eps - x0; order does not matter."""
+    found = denoising(picture_context(0.0, PicturePipeline(), DiffusionConfig()))
+    assert list(found) == denoising.metric_names(
+        Config(ViTConfig(), DataConfig(format="images"), DiffusionConfig())
+    )
+    images = np.random.default_rng(2).integers(0, 256, (PICTURES, 4, 4, 3), np.uint8)
+    mean_square = 1 + np.square(images / 127.5 - 1).mean()
+    quarters = [found[f"image/loss_quarter_{i}"] for i in range(1, 5)]
+    assert found["image/loss"] == pytest.approx(np.mean(quarters))
+    # 288 numbers in a quarter, with a standard deviation of about 2 each.
+    np.testing.assert_allclose(quarters, mean_square, atol=4 * 2 / np.sqrt(288))
+    assert len(set(quarters)) == 4
+    turned = denoising(picture_context(0.0, PicturePipeline([3, 5, 0, 1, 4, 2]), DiffusionConfig()))
+    assert turned == pytest.approx(found, rel=1e-5)
+    # Of the flow x_t is the noise where there is most of it: eps is predicted best there.
+    better = denoising(picture_context(1.0, PicturePipeline(), DiffusionConfig()))
+    assert better["image/loss_quarter_4"] < better["image/loss_quarter_1"]
+
+
+def test_the_bound_is_measured_where_the_range_is_learned():
+    learned = DiffusionConfig(process="ddpm", learned_range=True)
+    found = denoising(picture_context(1.0, PicturePipeline(), learned))
+    assert list(found)[-1] == "image/bound" and found["image/bound"] > 0
 
 
 def test_likelihood_leaves_pictures_to_it():
