@@ -372,7 +372,7 @@ class Config:
         require(
             self.data.format != "tokens" or objective != "diffusion",
             "data.format",
-            "objective 'diffusion' needs images, or pairs of them and texts, got 'tokens'",
+            "objective 'diffusion' needs pictures, got 'tokens'",
         )
         check_denoiser(self.data, self.model, self.objective)
         if hasattr(self.model, "latents"):

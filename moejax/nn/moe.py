@@ -315,7 +315,7 @@ class Routing(nn.Module):
             select_bias=bias_e,
             causal_logits=self._causal(group(x_btd), columns) if moe.causal_router else None,
             causal_threshold=self._causal_threshold(columns),
-            tokens=group(x_btd),
+            tokens=seen,
             score_params=params,
             rng=rng,
             step=ctx.step,

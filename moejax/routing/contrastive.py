@@ -56,10 +56,10 @@ def contrastive(
 
     ProMoE's routing contrastive loss (arXiv 2510.24711): :func:`contrast` of the prototypes of the
     score "cosine" and the tokens that chose them, each of its k choices counting. Its gradient
-    reaches both. log V at most where all V prototypes or means are equal; 0 at best, where
-    prototypes are their own tokens' mean, at right angles to the others, and the temperature is
-    low. With ``per="group"`` (expert choice there) it is the mean over the groups in which tokens
-    chose a prototype. Experts that have no prototype take no part.
+    reaches both. log V where all V prototypes, or means, are equal; near 0 where prototypes are
+    their own tokens' mean, at right angles to the others, and the temperature is low. With
+    ``per="group"`` (as the authors have it where experts choose) it is the mean over the groups in
+    which tokens chose a prototype. Experts that have no prototype take no part.
     """
     if inputs.tokens is None or "prototype_mde" not in (inputs.score_params or {}):
         raise ValueError("the loss 'contrastive' needs tokens and the prototypes of the score")

@@ -38,7 +38,7 @@ class RouterInputs:
         None without one.
       causal_threshold: [e], the probability of ``causal_logits`` above which it says yes; None: a
         half. Carries no gradient.
-      tokens: [s, n, d], of which the logits were made; None where nobody asks for them.
+      tokens: [s, n, d], what the score saw; None where no loss asks for it.
       score_params: the parameters of the score by name (moejax.routing.scores); None likewise.
       rng: key, or None where nothing is to be drawn (evaluation).
       step: [] i32 of the training step, or None.

@@ -20,7 +20,6 @@ from moejax.errors import UserError
 from moejax.models.dit import build_dit
 from moejax.nn.block import make_block
 from moejax.objectives.base import LossSums, Objective
-from moejax.objectives.diffusion import noisy_batch
 from moejax.objectives.routing import with_routing
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -355,14 +354,3 @@ def test_another_objective_does_not_fit():
     config.objective = load_config_dict("vit").objective
     with pytest.raises(UserError, match="objective.name: 'classification' does not fit"):
         freeze(config)
-
-
-def test_who_loses_a_label_loses_a_text():
-    config = load_config("dit:text")
-    batch = make_batch(tokens=np.full((2, TEXT), 20, np.int32))
-    pixels, times = jnp.asarray(batch["x_t"]), jnp.asarray(batch["times"])
-    lost = jnp.asarray([False, True])
-    seen = noisy_batch(batch, config.objective, CLASSES, pixels, pixels, times, lost)
-    np.testing.assert_array_equal(seen["tokens"][0], batch["tokens"][0])
-    assert (seen["tokens"][1] == PAD).all()
-    assert (seen["labels"] == np.int32([0, CLASSES])).all()

@@ -244,7 +244,7 @@ def test_groups_and_the_order_of_tokens_do_not_matter(route, make_inputs, name):
     inputs = make_inputs(padding=0)
     expected = route(name, inputs).weights
     order = np.random.default_rng(0).permutation(12)
-    moved = jax.tree.map(lambda x: x[:, order] if np.shape(x)[1:2] == (12,) else x, inputs)
+    moved = jax.tree.map(lambda x: x[:, order] if np.shape(x)[:2] == (2, 12) else x, inputs)
     np.testing.assert_allclose(route(name, moved).weights, expected[:, order], atol=1e-6)
     other = dataclasses.replace(inputs, logits=inputs.logits.copy())
     other.logits[0] = make_inputs(1).logits[0]
