@@ -101,4 +101,4 @@ def transfusion(config: TransfusionConfig, model: DecoderConfig):
 def patch_weights(batch: dict) -> Bool[Array, "b t"]:
     """Which patches count: those that are noisy, of rows that are no filler."""
     real = (batch["weights"] > 0).any(axis=1, keepdims=True)
-    return (batch["image_id"] > 0) & real
+    return (batch["image_id"] > 0) & (batch["times"] > 0) & real
