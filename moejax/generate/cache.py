@@ -35,8 +35,9 @@ def init_cache(model: Any, params: Any, batch_size: int, capacity: int) -> KVCac
         slots = {name: jnp.zeros(x.shape, x.dtype) for name, x in rows.items() if name != "kept"}
         return {**slots, "filled": jnp.zeros(rows["kept"].shape[:-1], jnp.int32)}
 
-    zeros_b = jnp.zeros((batch_size,), jnp.int32)
-    return KVCache(_map_rows(empty, shapes), zeros_b, zeros_b)
+    # Two arrays, since a buffer can be donated once.
+    counts = (jnp.zeros((batch_size,), jnp.int32) for _ in range(2))
+    return KVCache(_map_rows(empty, shapes), *counts)
 
 
 def write_rows(cache: KVCache, rows: dict, num_valid_b: jax.Array) -> KVCache:
