@@ -10,9 +10,9 @@ model: GenEval 0.80, DPG 85.07 with 7B active parameters of 14B (as arXiv 2511.2
 
 Text, and clean pictures before their text, go through the tower of text; pictures that are drawn
 through the other, which begins as its copy. Departures: no bias in QKV, one linear map of the time;
-read pictures are latents and not SigLIP features (nor both), and never dropped; BOI and EOI have
-positions of their own. Parameters of ``bagel``: 3.17M, 2.12M for a token. Device, minutes and
-expected loss: not measured.
+read pictures are latents and not SigLIP features (nor both), and never dropped; what follows a
+noisy picture sees it; BOI and EOI have positions of their own. Parameters of ``bagel``: 3.17M,
+2.12M for a token. Device, minutes and expected loss: not measured.
 """
 
 from moejax.config import default_config, load_config_dict

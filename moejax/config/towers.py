@@ -11,7 +11,7 @@ class TowersConfig:
     """How wide the tower of each modality is (HBridge, arXiv 2511.20520; nn/tower_attention.py).
 
     A token's vector has model.d_model features, of which a narrower tower reads and writes the
-    first ones; the others are zero. All weights are each tower's own, and heads are of one size.
+    first ones alone. All weights are each tower's own, and heads are of one size.
     """
 
     # Width of each modality's tower, the largest model.d_model; (): towers are alike.

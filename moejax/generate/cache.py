@@ -35,8 +35,8 @@ def init_cache(model: Any, params: Any, batch_size: int, capacity: int) -> KVCac
         slots = {name: jnp.zeros(x.shape, x.dtype) for name, x in rows.items() if name != "kept"}
         return {**slots, "filled": jnp.zeros(rows["kept"].shape[:-1], jnp.int32)}
 
-    # Two arrays: each is given away by itself.
-    counts = [jnp.zeros((batch_size,), jnp.int32) for _ in range(2)]
+    # Two arrays, since a buffer can be donated once.
+    counts = (jnp.zeros((batch_size,), jnp.int32) for _ in range(2))
     return KVCache(_map_rows(empty, shapes), *counts)
 
 

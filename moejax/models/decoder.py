@@ -106,10 +106,6 @@ class Decoder(nn.Module):
             param_dtype(cfg),
         )
         x_btd = embedding_vd.astype(dtype)[tokens]
-        if towers := cfg.tower_shapes:
-            width_m = jnp.asarray([tower.width for tower in towers])
-            own = jnp.arange(cfg.d_model)[None, None] < width_m[modality][..., None]
-            x_btd = jnp.where(own, x_btd, 0)
         adapter, memory, positions = None, None, batch["positions"]
         if "latents" in batch:
             adapter = patch_adapter(cfg, name="patch_adapter")
@@ -135,7 +131,9 @@ class Decoder(nn.Module):
         x_btd = constrain_tokens(x_btd)
         x_btd, rows, aux = Stack(cfg, name="stack")(x_btd, cache or {}, ctx)
         num = len(cfg.modalities) if cfg.untie.final_norm else 1
-        norm = Norm(cfg.norm, cfg.norm_eps, num, param_dtype(cfg), towers, name="final_norm")
+        norm = Norm(
+            cfg.norm, cfg.norm_eps, num, param_dtype(cfg), cfg.tower_shapes, name="final_norm"
+        )
         x_btd = norm(x_btd, modality)
         if cfg.tie_embeddings:
             head_dv = embedding_vd.T

@@ -13,9 +13,9 @@ from moejax.generate.generate import decode, pad_prompts, prefill
 
 def a_cache(value: float, filled_b: list[int], slots: int) -> KVCache:
     """One layer of one number a row."""
-    filled_b = jnp.array(filled_b)
+    filled_b, position_b = jnp.array(filled_b), jnp.array(filled_b)
     rows = {"k": jnp.full((1, len(filled_b), slots, 1, 1), value), "filled": filled_b[None]}
-    return KVCache({"segment_0": rows}, filled_b, filled_b)
+    return KVCache({"segment_0": rows}, filled_b, position_b)
 
 
 def new_rows(values: list[list[float]], kept: list[list[bool]]) -> dict:

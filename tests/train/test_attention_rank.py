@@ -5,6 +5,7 @@ import json
 import shlex
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from moejax.config.load import load_config
 from moejax.config.moe import MoEConfig
 from moejax.config.schema import DecoderConfig
 from moejax.errors import UserError
+from moejax.train import attention_rank
 from moejax.train.attention_rank import BATCHES, ROWS, metric_names, overrides, propose
 from moejax.train.evaluate import check_evaluators, eval_plans, run_evaluators
 from moejax.train.loop import train
@@ -54,6 +56,19 @@ def context_of(config):
 
 def run_on(context):
     return run_evaluators(context, eval_plans(context.config.eval))
+
+
+def test_maps_of_layers_that_share_no_attention_are_those_of_each_modality():
+    rng = np.random.default_rng(0)
+    draw = lambda: rng.normal(size=(1, 2, LENGTH, 2, 8)).astype(np.float32)
+    own = {"q": draw(), "k": draw(), "kept": np.ones((1, 2, LENGTH), bool)}
+    modality = rng.integers(0, 2, (2, LENGTH)).astype(np.int32)
+    causal = np.broadcast_to(np.tril(np.ones((LENGTH, LENGTH), bool)), (2, LENGTH, LENGTH))
+    apart = causal & (modality[:, :, None] == modality[:, None])
+    ranks = attention_rank._of_attention({**own, "modality": modality[None]}, jnp.asarray(causal))
+    expected = attention_rank._of_attention(own, jnp.asarray(apart))
+    np.testing.assert_array_equal(ranks, expected)
+    assert np.any(ranks != attention_rank._of_attention(own, jnp.asarray(causal)))
 
 
 def looking_at_itself(params, segment, block, index):
