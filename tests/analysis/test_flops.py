@@ -175,7 +175,13 @@ def test_formula_of_a_vision_transformer_is_its_program(head, experts):
     [
         {},
         {"model.block_pattern": ("mod:0.5:dense",)},
-        {"model.block_pattern": ("recursive:dense",), "model.recursion.share_kv": True},
+        {
+            "model.block_pattern": ("recursive:dense",),
+            "model.recursion.steps": 3,
+            "model.recursion.router": "expert",
+            "model.recursion.share_kv": True,
+            "model.depth.causal_rule": "none",
+        },
         {"model.text_length": 6, "data.format": "pairs", "data.sequence_length": 6},
     ],
     ids=["dense", "mod", "recursive", "texts"],

@@ -11,7 +11,7 @@ from flax.core import meta
 
 from moejax.config import freeze, load_config, load_config_dict
 from moejax.config.contrastive import TextSizes
-from moejax.config.depth import DepthConfig
+from moejax.config.depth import DepthConfig, RecursionConfig
 from moejax.config.dit import DiTConfig
 from moejax.config.moe import MoEConfig, RouterConfig, RouterLossConfig, ScoreConfig
 from moejax.config.vision import ViTConfig
@@ -93,7 +93,7 @@ KINDS = {
     "dense": {},
     "moe": {"moe": EXPERTS},
     "mod:0.5:dense": {"depth": DepthConfig(causal_rule="none")},
-    "recursive:dense": {},
+    "recursive:dense": {"recursion": RecursionConfig(steps=2)},
 }
 
 
