@@ -1,11 +1,12 @@
 """Named functions and classes that a config chooses by a string."""
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from moejax.errors import UserError, did_you_mean
 
 T = TypeVar("T")
+E = TypeVar("E")  # an entry, as its definition says it
 
 
 class Registry(Generic[T]):
@@ -16,12 +17,12 @@ class Registry(Generic[T]):
 
     def __init__(self, kind: str):
         self.kind = kind
-        self._entries: dict[str, T] = {}
+        self._entries: dict[str, Any] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str) -> Callable[[E], E]:
         """Decorator. Raises ValueError if another object already holds the name."""
 
-        def add(entry: T) -> T:
+        def add(entry: E) -> E:
             known = self._entries.get(name)
             # A notebook that runs its cell again registers an equal definition again.
             if known is not None and _identity(known) != _identity(entry):

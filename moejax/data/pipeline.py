@@ -144,7 +144,7 @@ class ImagePipeline(RowPipeline):
         self._counts: np.ndarray | None = None
         self._order = functools.lru_cache(maxsize=2)(self._make_order)
         parts = {"source": source.version, "seed": config.data.seed}
-        self._latents: Callable[[int], np.ndarray | None] = lambda number: None
+        self._latents: Callable[..., np.ndarray | None] = lambda number: None
         if codec is not None:
             self._latents = image_codes(source, codec)
             parts["codec"] = codec.version

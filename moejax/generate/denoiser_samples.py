@@ -60,7 +60,8 @@ def class_to_image(request: Request) -> Outcome:
         own = slice(i * each, (i + 1) * each)
         example = examples.get(label)
         name = example.shown if example else f"class {label}"
-        tiles = [] if example is None else [Tile(example.image, "real")]
+        real = None if example is None else example.image
+        tiles = [] if real is None else [Tile(real, "real")]
         lines += ["", f"[class {label}] {name}"]
         for k, (picture, near) in enumerate(
             zip(drawn.pictures[own], neighbours[own], strict=True), 1
@@ -108,8 +109,8 @@ def guidance(request: Request) -> Outcome:
         sampler,
         conditions,
         seed=request.seed,
-        row_ids=np.repeat(np.arange(len(shown)), len(WEIGHTS)),
-        guidance=np.tile(WEIGHTS, len(shown)),
+        row_ids=[i for i in range(len(shown)) for _ in WEIGHTS],
+        guidance=[*WEIGHTS] * len(shown),
         progress=request.progress,
     )
     neighbours = request.train_images.nearest(drawn.pictures)

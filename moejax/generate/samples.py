@@ -352,10 +352,11 @@ def _pictures(request: Request, captions: list[str]) -> np.ndarray:
 
 def cut_caption(sampler: Sampler | PictureSampler, text: str) -> str:
     """``text``, cut to what training cuts it to."""
-    ids = sampler.text_tokenizer.encode(text)
-    if len(ids) <= sampler.text_room:
+    tokenizer = sampler.text_tokenizer
+    ids = tokenizer.encode(text) if tokenizer else []
+    if tokenizer is None or len(ids) <= sampler.text_room:
         return text
-    return sampler.text_tokenizer.decode(ids[: sampler.text_room])
+    return tokenizer.decode(ids[: sampler.text_room])
 
 
 def neighbour_tile(near: Neighbour) -> Tile:

@@ -31,12 +31,13 @@ from moejax.parallel.local import (
 )
 
 
-def compute_dtype(config: TrunkConfig):
+def compute_dtype(config: Any):
+    """Of a model's config."""
     return jnp.dtype(config.dtype)
 
 
-def param_dtype(config: TrunkConfig):
-    """Parameters are float32, or float64 when the computation is."""
+def param_dtype(config: Any):
+    """Of a model's config: parameters are float32, or float64 when the computation is."""
     return jnp.promote_types(config.dtype, jnp.float32)
 
 
