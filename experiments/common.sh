@@ -39,6 +39,28 @@ compare() {
   done
 }
 
+# on_each_core COMMAND...: once on each of two cores, where the two share the runs of a comparison.
+# A model of the size "cpu" leaves much of a second core idle.
+on_each_core() {
+  if [ "$SIZE" != cpu ] || ! command -v taskset >/dev/null || [ "$(nproc)" -lt 2 ]; then
+    "$@"
+    return
+  fi
+  trap 'trap - INT TERM; kill 0' INT TERM
+  local failed=0 processes=() core
+  for core in 0 1; do
+    (
+      taskset -pc "$core" "$BASHPID" >/dev/null
+      "$@" 2>&1 | sed -u "s/^/core $core: /"
+    ) &
+    processes+=($!)
+  done
+  for process in "${processes[@]}"; do
+    wait "$process" || failed=$?
+  done
+  return "$failed"
+}
+
 # price NAME: what causality costs the arms of that comparison; price.md and price.csv beside it.
 price() {
   python "$HERE/../depth_price.py" "runs/experiments/$(basename "$HERE")_$1_$SIZE" "$HERE/$1_$SIZE"

@@ -29,24 +29,9 @@ emoji3m() {
     --also image_to_text/recall_at_10,text_to_image/recall_at_10,test/image_to_text/recall_at_10
 }
 
-# lane CORE NAME: that comparison on one core, its lines marked.
-lane() {
-  taskset -pc "$1" "$BASHPID" >/dev/null
-  "$2" 2>&1 | sed -u "s/^/$2: /"
-}
-
-if [ "$SIZE" = cpu ] && command -v taskset >/dev/null && [ "$(nproc)" -gt 1 ]; then
-  # A model this small leaves much of a second core idle: each has one to itself.
-  trap 'trap - INT TERM; kill 0' INT TERM
-  lane 0 fashion_mnist &
-  first=$!
-  lane 1 emoji3m &
-  second=$!
-  failed=0
-  wait "$first" || failed=$?
-  wait "$second" || failed=$?
-  exit "$failed"
-else
+both() {
   fashion_mnist
   emoji3m
-fi
+}
+
+on_each_core both

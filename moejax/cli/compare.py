@@ -15,7 +15,9 @@ share of the baseline's FLOPs each needs to reach the baseline's lowest held-out
 
 Every arm sees the same batches in the same order, has the same schedule and its own best learning
 rate, and is run with the same seeds. The same command goes on with what was stopped, also by
-kill -9, from the last checkpoint of that run; what is finished is not computed again.
+kill -9, from the last checkpoint of that run; what is finished is not computed again. Start the
+command several times, at once, and the processes share the runs: on a CPU with a core for each
+(taskset -c 0 moejax compare ... & taskset -c 1 moejax compare ...).
 
     moejax compare --configs quickstart:dense,quickstart --budget flops=3e12 --seeds 3
     moejax compare --configs mot --arm half=mot,model.num_layers=2 --budget flops=3e12"""

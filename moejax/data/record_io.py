@@ -13,9 +13,10 @@ it named byte strings. One stored row yields a record for each of its pictures a
 ``dataset.json`` says what the files hold (:func:`write_set`).
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -176,12 +177,30 @@ def write_json(path: Path, document: Any) -> None:
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Tries to lock ``folder`` and yields whether it could; False where another process has it.
+
+    The lock goes with the process, also when that is killed; the file ``lock`` in it stays.
+    """
+    import fcntl  # Not there on Windows, where what else this module holds is used too.
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Calls ``write`` with a temporary path and gives what it wrote the name ``path``.
 
     Whoever reads ``path`` finds the old content, or the new, or none; never a part.
     """
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     write(temporary)
     # On the disk before the name is: a machine that loses power keeps one or the other.
     with temporary.open("rb") as file:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from moejax.analysis.compare.results import (
     read_evaluations,
 )
 from moejax.config.load import flag_text
-from moejax.data.record_io import write_json
+from moejax.data.record_io import locked, write_json
 from moejax.errors import UserError
 from moejax.train.loop import NonFiniteLoss
 from moejax.train.progress import format_seconds
@@ -38,10 +38,17 @@ LOG_FILE = "train.log"
 FAILED_FILE = "failed.txt"
 # What may change between two invocations: more seeds, rates and arms are added to what is there.
 _MAY_GROW = ("seeds", "rates", "arms", "baseline", "also")
+# Seconds between looks at runs that other processes have.
+_LOOK_AGAIN = 1.0
 
 
 class Stopped(Exception):
     """A signal ended a run before its last step; the same command goes on."""
+
+
+class _NotEnded(Exception):
+    def __init__(self, run: Run):
+        self.run = run
 
 
 def run_comparison(
@@ -125,16 +132,14 @@ def _check_arms(plan: Plan) -> None:
 
 
 class _Work:
-    """Runs one after the other, and knows how many are left."""
+    """The runs of a plan, those that other processes take included, and how many are left."""
 
     def __init__(self, plan: Plan, workdir: Path):
         self.plan, self.workdir = plan, workdir
-        # As far as can be foreseen: a sweep may go on beyond its rates.
-        self.left = len(plan.arms) * (len(plan.rates) + plan.seeds - 1)
-        self.seen: list[Run] = []
-        self.ran, self.began = 0, time.monotonic()
+        self._ended: set[str] = set()
         # Of each seed, which is a part of it.
         self.data_versions: dict[int, str] = {}
+        self.left_at_first, self.began = self.left(), time.monotonic()
 
     def run_arm(self, arm: Arm) -> ArmResult:
         """The sweep of the learning rate with seed 0, then the other seeds at the best one."""
@@ -155,19 +160,24 @@ class _Work:
         runs = []
         for seed in range(self.plan.seeds):
             run = arm.run(rate, seed)
-            failure = self.train(run)
+            self.train(run)
             measured = self.read(run)
             if measured is None or any(min(x) == math.inf for x in measured.losses.values()):
-                found = failure or "no loss of some modality was finite"
+                found = self.failure(run) or "no loss of some modality was finite"
                 raise UserError(f"arm {arm.name}, seed {seed}: {found}; give lower --rates")
             runs.append((run, measured))
         return ArmResult(arm, tried, rate, tuple(runs))
 
     def trained_score(self, run: Run) -> float:
-        """Trains the run; its score, infinite where it diverged."""
-        if self.train(run):
-            return math.inf
-        measured = self.read(run)
+        """Sees to it that the run ends; its score, infinite where it diverged."""
+        self.train(run)
+        return self.score(run)
+
+    def score(self, run: Run) -> float:
+        """That of a run that has ended, infinite where it diverged; else raises _NotEnded."""
+        if not self.ended(run):
+            raise _NotEnded(run)
+        measured = None if self.failure(run) else self.read(run)
         return math.inf if measured is None else measured.score
 
     def read(self, run: Run) -> Evaluations | None:
@@ -182,46 +192,84 @@ class _Work:
                 )
         return measured
 
-    def train(self, run: Run) -> str:
-        """Trains the run unless it has ended; why it diverged, or ""."""
+    def ended(self, run: Run) -> bool:
+        """Whether the run has come to its end, good or bad, and no process has it any more."""
         folder = self.workdir / run.folder
-        check_workdir(folder, run.config)
-        failed = folder / FAILED_FILE
-        if failed.exists():
-            return failed.read_text(encoding="utf-8").strip()
-        if run.seed or run.rate in self.plan.rates:
-            self.left -= run not in self.seen
-        self.seen.append(run)
-        if is_finished(run.config, folder):
-            return ""
-        began, failure = time.monotonic(), ""
-        # What a run says of itself is kept, and would bury the lines of the comparison.
-        with (self.workdir / LOG_FILE).open("a", encoding="utf-8") as log:
-            print(f"\n{run.folder}", file=log)
-            try:
-                with contextlib.redirect_stdout(log):
-                    train_apart(run.config, folder)
-            except NonFiniteLoss as error:
-                failure = " ".join(str(error).split())
-                failed.write_text(failure + "\n", encoding="utf-8")
-        if not failure and not is_finished(run.config, folder):
-            # Only a signal ends an unfinished run without an error.
-            raise Stopped
-        self.ran += 1
-        self.say(run, failure, time.monotonic() - began)
-        return failure
+        if run.folder not in self._ended and (self.failure(run) or is_finished(run.config, folder)):
+            with locked(folder) as mine:
+                if mine:
+                    self._ended.add(run.folder)
+        return run.folder in self._ended
 
-    def say(self, run: Run, failure: str, seconds: float) -> None:
+    def failure(self, run: Run) -> str:
+        """Why the run diverged, or ""."""
+        path = self.workdir / run.folder / FAILED_FILE
+        return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+
+    def open_runs(self) -> Iterator[Run]:
+        """What has not ended of all that is asked for so far: seeds once their rate is known."""
+        for arm in self.plan.arms:
+            runs = [arm.run(rate, 0) for rate in self.plan.rates]
+            try:
+                tried, rate = choose_rate(self.plan, arm, self.score)
+            except _NotEnded as error:
+                # Of the sweep, or one beyond its end.
+                runs += [error.run] if error.run not in runs else []
+            else:
+                if not math.isinf(dict(tried)[rate]):
+                    runs += [arm.run(rate, seed) for seed in range(1, self.plan.seeds)]
+            yield from (run for run in runs if not self.ended(run))
+
+    def left(self) -> int:
+        """Runs that have not ended, as far as can be foreseen: a sweep may go on at its end."""
+        swept = [arm.run(rate, 0) for arm in self.plan.arms for rate in self.plan.rates]
+        arms = {run.arm for run in swept if not self.ended(run)}
+        return sum(1 for _ in self.open_runs()) + len(arms) * (self.plan.seeds - 1)
+
+    def train(self, run: Run) -> None:
+        """Sees to it that the run ends. While another process has it, takes what none has."""
+        check_workdir(self.workdir / run.folder, run.config)
+        while not self.ended(run):
+            if not self.train_unless_taken(run) and not any(
+                map(self.train_unless_taken, self.open_runs())
+            ):
+                time.sleep(_LOOK_AGAIN)
+
+    def train_unless_taken(self, run: Run) -> bool:
+        """Trains the run to its end, unless another process has it or had it."""
+        folder = self.workdir / run.folder
+        with locked(folder) as mine:
+            if not mine or self.failure(run) or is_finished(run.config, folder):
+                return False
+            began, failure = time.monotonic(), ""
+            # What a run says of itself is kept, and would bury the lines of the comparison.
+            with (self.workdir / LOG_FILE).open("a", encoding="utf-8") as log:
+                print(f"\n{run.folder}", file=log)
+                try:
+                    with contextlib.redirect_stdout(log):
+                        train_apart(run.config, folder)
+                except NonFiniteLoss as error:
+                    failure = " ".join(str(error).split())
+                    (folder / FAILED_FILE).write_text(failure + "\n", encoding="utf-8")
+            if not failure and not is_finished(run.config, folder):
+                # Only a signal ends an unfinished run without an error.
+                raise Stopped
+        self.say(run, time.monotonic() - began)
+        return True
+
+    def say(self, run: Run, seconds: float) -> None:
         """A line on a run that has ended, with the time that is left for the others."""
         measured = self.read(run)
         losses = [] if measured is None else measured.losses
-        found = failure or ", ".join(
+        found = self.failure(run) or ", ".join(
             f"{name} {measured.curve(name, 1.0).lowest:.4f}" for name in losses if measured
         )
-        left = (time.monotonic() - self.began) / self.ran * self.left
+        left = self.left()
+        ended = max(1, self.left_at_first - left)
+        rest = (time.monotonic() - self.began) / ended * left
         print(
             f"{run.folder.removeprefix('runs/')}: {found}  ({format_seconds(seconds)}; ETA of the "
-            f"comparison {format_seconds(left)})",
+            f"comparison {format_seconds(rest)})",
             flush=True,
         )
 

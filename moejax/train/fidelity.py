@@ -67,7 +67,7 @@ def fidelity(context: EvalContext) -> EvalResult:
     options = context.config.eval.fidelity
     source = context.train_pipeline.source
     split = context.split or context.config.eval.split
-    real, label_pool = context.kept(f"{NAME} {split}", lambda: _real_pictures(context))
+    real, label_pool = _real_of_process(context, split)
     rng = np.random.default_rng(options.seed)
     labels = rng.choice(label_pool, options.pictures).astype(np.int32)
     draw = context.kept(f"{NAME} draw", lambda: DRAWERS.get(context.config.model.name)(context))
@@ -125,6 +125,21 @@ def draw_samples(
         drawn = draw(params, part, jax.random.fold_in(rng, start // batch_size))
         found.append(np.asarray(drawn))
     return np.concatenate(found)[: len(labels)]
+
+
+# Describing real pictures takes a minute: they are kept for the next run of this process.
+_REAL: dict[tuple, tuple[RealPictures, np.ndarray]] = {}
+
+
+def _real_of_process(context: EvalContext, split: str) -> tuple[RealPictures, np.ndarray]:
+    options = context.config.eval.fidelity
+    sources = context.train_pipeline.source.version, context.pipeline.source.version
+    counts = options.pictures, options.draws, options.reference, options.neighbours
+    key = (*sources, split, *counts, options.seed)
+    if key not in _REAL:
+        _REAL.clear()
+        _REAL[key] = _real_pictures(context)
+    return _REAL[key]
 
 
 def _real_pictures(context: EvalContext) -> tuple[RealPictures, np.ndarray]:

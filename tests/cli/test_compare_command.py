@@ -162,7 +162,6 @@ class Diverges:
     def __call__(self, config, folder):
         self.rates.append(config.optim.learning_rate)
         if config.optim.learning_rate == 1.0:
-            folder.mkdir(parents=True)
             raise loop.NonFiniteLoss("not finite")
         self.train(config, folder)
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from moejax.data.record_io import replace_file
+from moejax.data.record_io import locked, replace_file
 from moejax.errors import UserError
 
 T = TypeVar("T")
@@ -46,17 +46,10 @@ def saved_json(path: Path, make: Callable[[], Any]) -> Any:
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Holds the lock of ``folder``. UserError if another process does."""
-    import fcntl  # Not there on Windows, where what else this file holds is used too.
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{folder}: another process prepares this set; wait for it, or end it"
-            ) from error
-        yield  # The lock goes with the file, also when the process is killed.
+    with locked(folder) as mine:
+        if not mine:
+            raise UserError(f"{folder}: another process prepares this set; wait for it, or end it")
+        yield
 
 
 def track(items: Iterable[T], label: str, total: int, *, start: int = 0) -> Iterator[T]:

@@ -1,0 +1,100 @@
+"""What the arms of this comparison draw, and how good it is.
+
+    python experiments/dit_moe/pictures.py runs/experiments/dit_moe_fashion_mnist_cpu OUT
+
+Writes into OUT ``grid.png``: the first two samples of each class from each arm (seed 0, the same
+noise for all), below real pictures; and ``fidelity.png``: the distances of all seeds beside their
+floor, and how often the class was found.
+"""
+
+import csv
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+
+from moejax.analysis.compare.arms import folder_name
+from moejax.generate.denoiser import draw_pictures, load_denoiser
+from moejax.generate.images import GridRow, Tile, draw_grid, save_png
+from moejax.train.load import load
+from moejax.train.setup import open_pipeline
+
+EACH = 2
+PREFIX = "test/fidelity/"
+PANELS = {
+    "fd_efflite0": ("FD-EffLite0 (less is better)", "floor_fd_efflite0"),
+    "class_accuracy": ("class found", "real_class_accuracy"),
+}
+
+
+def runs_of_seed_0(work: Path) -> dict[str, Path]:
+    """The run of each arm at the learning rate that it was given."""
+    with (work / "comparison.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["seed"] == "0"]
+    rates = {row["arm"]: float(row["learning_rate"]) for row in rows}
+    return {
+        arm: work / f"runs/{folder_name(arm)}/rate={rate:g},seed=0" for arm, rate in rates.items()
+    }
+
+
+def grid(work: Path):
+    """A row of real pictures, and one for each arm."""
+    rows = []
+    for arm, folder in runs_of_seed_0(work).items():
+        sampler = load_denoiser(folder)
+        classes = range(sampler.model.config.num_classes)
+        labels = [label for label in classes for _ in range(EACH)]
+        if not rows:
+            source = open_pipeline(load(folder).config, "test").source
+            rows.append(GridRow("real", "test split", real_tiles(source, labels)))
+        drawn = draw_pictures(sampler, labels, seed=0).pictures
+        rows.append(GridRow(arm, "", [Tile(picture) for picture in drawn]))
+    header = "Fashion-MNIST: the first samples of each class, the same noise for all (seed 0)"
+    return draw_grid(rows, header, columns=len(labels), panels=1)
+
+
+def real_tiles(source, labels: list[int]) -> list[Tile]:
+    """The first pictures of each class of a split."""
+    found = defaultdict(list)
+    for number in range(len(source)):
+        found[source[number]["label"]].append(source[number]["image"])
+        if all(len(found[label]) >= EACH for label in labels):
+            break
+    return [Tile(found[label].pop(0), source.categories[label]) for label in labels]
+
+
+def fidelity_figure(work: Path):
+    """A panel for each of ``PANELS``: a mark for each seed, a line where real pictures are."""
+    values = defaultdict(lambda: defaultdict(list))
+    with (work / "final.csv").open() as file:
+        for row in csv.DictReader(file):
+            values[row["metric"].removeprefix(PREFIX)][row["arm"]].append(float(row["value"]))
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(9, 3), layout="constrained")
+    for axis, (name, (title, real)) in zip(axes, PANELS.items(), strict=True):
+        for place, found in enumerate(values[name].values()):
+            axis.plot(found, [place] * len(found), "o", color="tab:blue", alpha=0.6)
+            axis.plot([sum(found) / len(found)], [place], "|", color="black", markersize=18)
+        floor = [value for found in values[real].values() for value in found]
+        axis.axvline(sum(floor) / len(floor), color="tab:green", linestyle="--")
+        axis.set_yticks(range(len(values[name])), list(values[name]))
+        axis.invert_yaxis()
+        axis.set_xlabel(title + "; dashed: real pictures")
+    figure.suptitle("marks: seeds; line: their mean")
+    return figure
+
+
+def main() -> None:
+    if len(sys.argv) != 3:
+        sys.exit("usage: pictures.py FOLDER_OF_COMPARISON FOLDER_FOR_THE_PICTURES")
+    work, out = map(Path, sys.argv[1:])
+    out.mkdir(parents=True, exist_ok=True)
+    save_png(grid(work), out / "grid.png")
+    fidelity_figure(work).savefig(out / "fidelity.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
