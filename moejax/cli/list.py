@@ -19,6 +19,7 @@ REGISTRIES = {
     "sources": ("data.source", "moejax.data.sources", "SOURCES"),
     "optimizers": ("optim.name", "moejax.train.optim", "OPTIMIZERS"),
     "evaluators": ("eval.metrics", "moejax.train.evaluate", "EVALUATORS"),
+    "samplers": ("moejax sample --sampler", "moejax.ops.samplers", "SAMPLERS"),
     "routers": ("model.moe.router.name", "moejax.routing", "ROUTERS"),
     "scores": ("model.moe.score.name", "moejax.routing", "SCORES"),
     "losses": ("model.moe.losses", "moejax.routing", "ROUTER_LOSSES"),
@@ -62,7 +63,8 @@ def rows(kind: str) -> list[dict[str, Any]]:
 
 def _entry_row(name: str, entry: Any) -> dict[str, Any]:
     """The row of a registered entry; those that a config gives options have them, with defaults."""
-    row: dict[str, Any] = {"name": name, "summary": _summary(getattr(entry, "function", entry))}
+    function = getattr(entry, "function", getattr(entry, "step", entry))
+    row: dict[str, Any] = {"name": name, "summary": _summary(function)}
     if hasattr(entry, "defaults"):
         row["options"] = dict(entry.defaults())
     return row

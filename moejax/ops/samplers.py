@@ -248,11 +248,13 @@ def guided(
 
 
 def _ddim(moment: Moment) -> Array:
+    """Straight to where the implied data and noise lie at the next time."""
     a, b, *_ = path(moment.diffusion, moment.s, moment.x)
     return a * moment.now.x0 + b * moment.now.eps
 
 
 def _ddpm(moment: Moment) -> Array:
+    """Draws from the posterior of the step, with the learned variance where there is one."""
     at_t, at_s = (path(moment.diffusion, time, moment.x) for time in (moment.t, moment.s))
     kept = kept_noise(at_t, at_s)
     std = at_s.b * jnp.sqrt(jnp.maximum(1 - jnp.square(kept), 0))
@@ -264,6 +266,7 @@ def _ddpm(moment: Moment) -> Array:
 
 
 def _euler(moment: Moment) -> Array:
+    """Along the slope at the time that it leaves."""
     return moment.x + _elapsed(moment) * _slope(moment.diffusion, moment.now, moment.t)
 
 
@@ -280,6 +283,7 @@ def _heun(moment: Moment) -> Array:
 
 
 def _dpmpp_2m(moment: Moment) -> Array:
+    """With the data implied by this step and the one before: second order, one call a step."""
     at_t, at_s = (path(moment.diffusion, time, moment.x) for time in (moment.t, moment.s))
     x0 = moment.now.x0 + moment.ratio * (moment.now.x0 - moment.x0_before)
     kept = at_s.b / at_t.b
@@ -287,6 +291,7 @@ def _dpmpp_2m(moment: Moment) -> Array:
 
 
 def _sde(moment: Moment) -> Array:
+    """Euler's step of the reverse equation with noise; it draws noise in each."""
     elapsed = _elapsed(moment)
     b = path(moment.diffusion, moment.t, moment.x).b
     # The score is -eps / b: with noise of variance 2 b it adds eps to the slope.

@@ -107,6 +107,7 @@ def test_list_configs_json(capsys):
         ("sources", "folder"),
         ("optimizers", "adamw"),
         ("evaluators", "routing"),
+        ("samplers", "heun"),
         ("routers", "top_k"),
         ("scores", "linear"),
         ("losses", "switch"),
