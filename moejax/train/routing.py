@@ -9,7 +9,9 @@ Numbers, each the mean over the layers of experts (under ``routing/``):
   (OpenMoE, arXiv 2402.01739, section 4.1); beside it ``shuffled_token_entropy`` for token ids dealt
   anew within each modality, which is what counting few tokens of each id gives by chance;
 * ``modality_entropy``: H(expert | modality);
-* ``dead_experts``: experts with weights that have less than a hundredth of the even share.
+* ``dead_experts``: experts with weights that have less than a hundredth of the even share;
+* ``MODALITY/experts_used``: exp H(expert) of the choices of a modality: as many experts, all alike
+  in use, would be as uneven. 1 where all its tokens are with one expert, 0 without a choice.
 
 A vision transformer has a token's place in the picture for its id, and ``class_entropy``, H(expert
 | class), for pictures with labels. A diffusion transformer too: it is shown every picture at
@@ -34,6 +36,7 @@ from moejax.analysis.routing import (
     LayerCounts,
     agreement,
     by_weight,
+    entropy,
     overlap,
     shuffled_within,
 )
@@ -143,7 +146,8 @@ def check(config: Config) -> None:
 
 def metric_names(config: Config) -> list[str]:
     """What :func:`routing` returns."""
-    names = (*SUMMARIES, *ENTROPIES, "dead_experts")
+    used = [f"{name}/experts_used" for name in config.model.modalities]
+    names = (*SUMMARIES, *ENTROPIES, "dead_experts", *used)
     if getattr(config.model, "num_classes", 0):
         names = (*names, "class_entropy")
     if isinstance(config.model, DiTConfig):
@@ -362,6 +366,9 @@ def _values(record: RoutingRecord, sums: Any, layers: list[RoutingLayer]) -> dic
     }
     entropies = {f"routing/{name}": float(np.mean(getattr(record, name))) for name in ENTROPIES}
     values = {**values, **entropies, "routing/dead_experts": float(record.dead().mean())}
+    used_lm = np.exp(entropy(record.chosen)) * record.chosen.any(axis=-1)
+    for name, used in zip(record.modalities, used_lm.mean(axis=0), strict=True):
+        values[f"routing/{name}/experts_used"] = float(used)
     if np.isfinite(record.class_entropy).any():
         values["routing/class_entropy"] = float(record.class_entropy.mean())
     if np.isfinite(record.time_entropy).any():

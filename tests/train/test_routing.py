@@ -135,6 +135,7 @@ def test_evaluation_counts_what_the_model_chose(pictures):
         lambda batch: context.model.apply({"params": context.params}, batch, record=True)
     )
     by_token, pairs, dropped, tokens = PairCounts(EXPERTS + 1), np.zeros((5, 5)), 0, np.zeros(2)
+    by_modality = np.zeros((2, EXPERTS + 1))
     for batch in context.pipeline.eval_batches(2):
         with jax.set_mesh(context.mesh):
             real = {
@@ -150,12 +151,17 @@ def test_evaluation_counts_what_the_model_chose(pictures):
             pairs[b, a] += 1
         dropped += (kept == EXPERTS + 1).sum()
         np.add.at(tokens, batch["modality"][valid], 1)
+        np.add.at(by_modality, (batch["modality"][valid][:, None], chosen), 1)
     assert record.tokens.tolist() == tokens.tolist()
     off_diagonal = record.together[0] * (1 - np.eye(5, dtype=int))
     assert off_diagonal.tolist() == pairs.tolist()
     marginal, given = by_token.entropies()
     assert result.values["routing/expert_entropy"] == pytest.approx(marginal)
     assert result.values["routing/token_entropy"] == pytest.approx(given)
+    for name, counts in zip(config.model.modalities, by_modality, strict=True):
+        share = counts[counts > 0] / counts.sum()
+        used = np.exp(-(share * np.log(share)).sum())
+        assert result.values[f"routing/{name}/experts_used"] == pytest.approx(used)
     assert record.dropped.sum() == dropped > 0
     assert result.values["routing/drop_fraction"] == pytest.approx(dropped / record.choices.sum())
     shares = record.load()[0]

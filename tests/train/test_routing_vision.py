@@ -147,6 +147,7 @@ def test_an_expert_that_nobody_chooses_is_dead():
     result = run_evaluators(context.with_params(params), eval_plans(config.eval))
     # Of equal logits the first expert is chosen.
     assert result.values["routing/dead_experts"] == EXPERTS - 1
+    assert result.values["routing/image/experts_used"] == pytest.approx(1)
     record = RoutingRecord(**result.arrays["val/routing"])
     moved = dataclasses.replace(record, chosen=np.array([[[300, 300, 3.1, 2.9]]]))
     # An even share is 151.5, a hundredth of it 1.5.
