@@ -6,7 +6,7 @@ source "$(dirname "$0")/../common.sh"
 # Pictures, not the sequences of the other comparisons; as many of the held-out ones as cost a
 # quarter of the training.
 DATA=()
-FRAME=(--evaluations 6 --config.eval.batches=40)
+FRAME=(--schedule wsd --evaluations 6 --config.eval.batches=40)
 
 # arms SUFFIX: the flags of the seven arms.
 arms() {
