@@ -29,7 +29,7 @@ from moejax.config.schema import Config
 from moejax.data.prepare.efficientnet import installed_weights
 from moejax.data.prepare.stages import track
 from moejax.errors import UserError
-from moejax.train.evaluate import EVALUATORS, EvalContext, EvalResult
+from moejax.train.evaluate import EVALUATORS, EvalContext, EvalResult, eval_plans
 
 NAME = "fidelity"
 SHOWN = 16
@@ -63,10 +63,15 @@ def draw_denoised(context: EvalContext) -> Draw:
 
 @EVALUATORS.register(NAME)
 def fidelity(context: EvalContext) -> EvalResult:
-    """See the module docstring. Needs a model that draws pictures, and the extra "metrics"."""
+    """See the module docstring. Needs a model that draws pictures, and the extra "metrics".
+
+    Raises:
+      UserError: on the training split.
+    """
     options = context.config.eval.fidelity
     source = context.train_pipeline.source
     split = context.split or context.config.eval.split
+    _require_held_out(split)
     real, label_pool = _real_of_process(context, split)
     rng = np.random.default_rng(options.seed)
     labels = rng.choice(label_pool, options.pictures).astype(np.int32)
@@ -96,10 +101,22 @@ def check(config: Config) -> None:
         )
     if jax.process_count() > 1:
         raise UserError("eval.metrics: 'fidelity' runs on one host; leave it out, use moejax eval")
+    for plan in eval_plans(config.eval):
+        if plan.name == NAME:
+            _require_held_out(plan.split)
     folder = config.eval.fidelity.classifier
     if folder and not (Path(folder) / "config.json").is_file():
         raise UserError(f"eval.fidelity.classifier: no run in {folder} (no config.json)")
     installed_weights()
+
+
+def _require_held_out(split: str) -> None:
+    """UserError for the training split: all of its pictures are as near as copies are."""
+    if split == "train":
+        raise UserError(
+            "eval.metrics: 'fidelity' tells copies by pictures that were not trained on; run it on "
+            "the split val or test, not on train"
+        )
 
 
 def names(config: Config) -> list[str]:

@@ -169,6 +169,21 @@ def test_real_pictures_are_at_the_floor(real):
     assert other["floor_fd_efflite0"] != values["floor_fd_efflite0"]
 
 
+def test_pictures_sorted_by_class_are_as_far_as_shuffled_ones(real):
+    """Distances are of sets: the parts of the kernel distance are not those of the order."""
+    samples = make_pictures(60, 2)
+    bright = samples.mean(axis=(1, 2)) > 120
+    ordered = samples[np.lexsort(bright.T)]
+    found, expected = real.compare(ordered), real.compare(samples)
+    spread = expected["floor_kid_efflite0_spread"]
+    assert abs(found["kid_efflite0"] - expected["kid_efflite0"]) < 3 * spread
+    for name in ("fd_efflite0", "recall", "memorised"):
+        assert found[name] == pytest.approx(expected[name])
+    # Taken as they come, each part would be of one colour.
+    parts, others = encode(ordered), encode(make_pictures(60, 0))
+    assert kernel_distance(parts, others)[0] > expected["kid_efflite0"] + 5 * spread
+
+
 def test_each_fault_shows_in_its_measure(real):
     good = real.compare(make_pictures(60, 2))
     half = real.compare(make_pictures(60, 3, low=4))
@@ -219,7 +234,8 @@ def test_damaged_sets():
     assert len(set(place(whole))) == 20
     assert set(labels[place(sets["first class left out"])]) == {1, 2, 3}
     assert set(labels[place(sets["first half of the classes"])]) == {0, 1}
-    assert set(place(sets["a tenth of them, 10 times each"])) == set(place(whole[:2]))
+    repeated = place(sets["a tenth of them, 10 times each"])
+    assert sorted(repeated) == sorted(10 * place(whole[:2])) and repeated != 10 * repeated[:2]
     half = sets["half of them training pictures"]
     np.testing.assert_array_equal(half[10:], training[:10])
     np.testing.assert_array_equal(half[:10], whole[10:])

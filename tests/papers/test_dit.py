@@ -47,6 +47,19 @@ def test_experts_of_dit_moe(expert_layer, tokens, mlp):
     assert (model.moe.hidden, model.moe.shared_hidden) == (4 * model.d_model, 2 * model.d_model)
 
 
+DENOISERS = ("dit", "sit", "dit_moe", "promoe", "ec_dit", "diffmoe", "raphael", "mode")
+
+
+@pytest.mark.parametrize("name", DENOISERS)
+def test_clothes_are_not_mirrored(name):
+    """What is drawn is compared with pictures as they are; emoji may be where their record says."""
+    config = load_config(name)
+    assert config.data.source == "fashion_mnist:default"
+    assert config.objective.augment.flip == "none"
+    if name in ("dit", "sit", "raphael"):
+        assert load_config(f"{name}:text").objective.augment.flip == "allowed"
+
+
 def test_dit_moe_g_has_16_5b_parameters_and_3_1b_active():
     """The paper's numbers; and ours to the last parameter."""
     config = load_config("dit_moe:g_16e2a")

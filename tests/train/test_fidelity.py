@@ -126,6 +126,23 @@ def test_copies_and_flat_pictures(context, monkeypatch):
     assert value(flat, "fd_efflite0") > value(result, "fd_efflite0")
 
 
+def test_training_pictures_are_not_held_out(context, monkeypatch):
+    """By ``eval.metrics`` and by ``moejax eval --split train``, before anything is drawn."""
+    _, asked = register(monkeypatch)
+    monkeypatch.setattr(module, "installed_weights", lambda: None)
+    message = "'fidelity' tells copies by pictures that were not trained on; .* not on train"
+    for fields in ({"metrics": ("fidelity@train",)}, {"split": "train"}):
+        config = dataclasses.replace(
+            context.config, eval=dataclasses.replace(context.config.eval, **fields)
+        )
+        with pytest.raises(UserError, match=message):
+            check_evaluators(config)
+    with pytest.raises(UserError, match=message):
+        module.fidelity(dataclasses.replace(context, split="train"))
+    assert not asked
+    check_evaluators(context.config)
+
+
 def test_samples_are_the_same_in_every_evaluation():
     def draw(params, labels, rng):
         noise = jax.random.randint(rng, (len(labels), 2, 2, 3), 0, 256).astype(jnp.uint8)

@@ -29,7 +29,8 @@ def damaged_sets(
     repeated, half of them taken from those of ``training``, blur, noise, and pixels that are drawn
     from the Gaussian of the real ones. A set for which there are too few pictures is left out.
     """
-    order = np.random.default_rng(seed).permutation(len(images))
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(images))
     images, labels = images[order], labels[order]
     whole, few, half = images[:count], -(-count // REPEATS), count // 2
     yield "as they are", whole
@@ -41,7 +42,9 @@ def damaged_sets(
         rows = np.flatnonzero(np.isin(labels, kept))[:count]
         if len(rows) == count:
             yield name, images[rows]
-    yield f"a tenth of them, {REPEATS} times each", np.resize(whole[:few], whole.shape)
+    # Shuffled: a measure that takes the pictures part by part would meet each once in every part.
+    repeated = rng.permutation(np.resize(whole[:few], whole.shape))
+    yield f"a tenth of them, {REPEATS} times each", repeated
     yield "half of them training pictures", np.concatenate([whole[half:], training[:half]])
     for sigma in BLURS:
         yield f"blur of {sigma:g} pixels", _each(lambda part, _, s=sigma: blur(part, s), whole)

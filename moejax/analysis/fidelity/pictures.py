@@ -59,7 +59,7 @@ def metric_names(*, copies: bool = True) -> list[str]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureSet:
-    """Features of some pictures, and what is known of them alone."""
+    """Features of some pictures, in random order, and what is known of them alone."""
 
     x_nd: Float[np.ndarray, "n d"]
     k: int
@@ -123,7 +123,7 @@ class RealPictures:
                 f"are the floor, but there are {len(reference)}; set it to {len(reference) // 2} "
                 "or less"
             )
-        self.count, self.k = count, k
+        self.count, self.k, self._seed = count, k, seed
         self._encode = encode or efficientnet_encoder()
         rows = draw_halves(len(reference), count, draws, np.random.default_rng(seed))
         # All of them: a copy of one that no draw has is one as well.
@@ -159,7 +159,9 @@ class RealPictures:
                 f"compared as uint8{list(shape)}; give as many, of that size"
             )
         features = self._encode(samples)
-        own = FeatureSet(features, self.k)
+        # The kernel distance takes rows part by part: sorted pictures would fill each with its own.
+        order = np.random.default_rng(self._seed).permutation(self.count)
+        own = FeatureSet(features[order], self.k)
         found = _over_draws([own.beside(real) for real, _ in self._pairs])
         values = {"pictures": float(self.count), "features": float(features.shape[1])}
         for name, value in found.items():
@@ -180,8 +182,7 @@ class RealPictures:
         return (
             f"FD-EffLite0 and the kernel distance are of {self.count:,} pictures on either side, "
             f"in {self._features.shape[1]:,} features of EfficientNet-Lite0 (weights "
-            f"{SHA256[:8]}); "
-            "compare them at this number alone, with their floor, and with no FID"
+            f"{SHA256[:8]}); compare them at this number alone, with their floor, and with no FID"
         )
 
 
