@@ -42,7 +42,6 @@ def get_config(arg=""):
     config.train.init_rename = (("_text$", ""),)
     config.optim.freeze = ("@text", "embedding_vd", "head_dv")
     if arg == "7b":
-        # The 4B of OmniGen2 are 32 layers, 2520 wide, with 21 heads of 120.
         model.towers.widths, model.towers.heads = (3584, 2688), (28, 21)
         model.ffn_hidden, apart = (18_944, 10_240), 6
         config.train.steps = 200_000

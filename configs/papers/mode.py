@@ -1,17 +1,19 @@
 """MoDE, Reuss et al. 2024, arXiv 2412.12953: experts of noise levels, whose choice can be cached.
 
 Claim: a denoiser whose router sees the noise level alone is as good as larger dense ones, and, as a
-sampler's noise levels are known, runs at the cost of a dense model.
+sampler's noise levels are known, can run at the cost of a dense model.
 
     moejax train --config mode           # or mode:small: laptop CPU, Fashion-MNIST, float32
     moejax train --config mode:policy    # the authors' size, bfloat16
 
 Four SwiGLU experts in each block, of which training draws two by their probabilities, without
 putting them back, and evaluation takes the likeliest two; weights over their sum. EDM with log-
-logistic noise levels. The chosen experts of a level are one wide dense layer:
-``moejax.surgery.fuse.fuse_at``. Departures: pictures in place of a robot's actions; blocks told by
-adaLN, where the authors add the noise to what attention reads; no biases; a router of two matrices
-and GELU; the balance is a mean over layers there, so that its coefficient is divided here.
+logistic noise levels. ``moejax.surgery.fuse.fuse_at`` makes the chosen experts of a level one wide
+dense layer; no sampler here calls it. Departures: pictures in place of a robot's actions; blocks
+told by adaLN, where the authors add the noise to what attention reads and have it as a token too;
+experts are added to their input, and to what the norm made of it there; no biases; a router of two
+matrices, twice the width, and GELU (four times, SwiGLU and biases there); the balance is a mean
+over layers there, so that its coefficient is divided here.
 Device, minutes, quality: not measured.
 """
 

@@ -5,15 +5,16 @@ pictures of which nothing is said have an expert of their own, and the others' p
 nearest of some prototypes, which a contrastive loss pulls to their patches, experts pay off.
 
     moejax train --config promoe         # or promoe:small: laptop CPU, Fashion-MNIST, float32
-    moejax train --config promoe:ec      # experts choose patches, for DDPM as the authors advise
+    moejax train --config promoe:ec      # experts choose patches
     moejax train --config promoe:l       # the authors' sizes: s b l xl, and l_ec, bfloat16
 
 Every other block has 12 experts, one for pictures without a label and one that all share, each half
 as wide as a dense layer. A patch has one expert, with its cosine to the prototype for a weight, as
 it is; without a label the weight is 1. By ``ec`` an expert takes a twelfth of each picture's
-patches, and the loss is of each picture. Rectified flow with time logit-normal, no loss of balance.
-Departures: the authors' network predicts a variance too, which is not used; else as ``dit`` says.
-Device, minutes, quality: not measured.
+patches, and the loss is of each picture; the authors advise it for DDPM, and have it in their code
+with rectified flow, as here. Time logit-normal, no loss of balance. Departures: the authors'
+network predicts a variance too, which is not used; else as ``dit`` says. Device, minutes, quality:
+not measured.
 """
 
 from moejax.config import load_config_dict

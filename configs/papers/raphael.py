@@ -6,11 +6,12 @@ of diffusion (time-MoE) and the places that words are about (space-MoE).
     moejax train --config raphael        # or raphael:small: laptop CPU, Fashion-MNIST, float32
     moejax train --config raphael:text   # emoji, told by their English names
 
-What is here is the time-MoE: of four experts in each block the noise level alone chooses one for
-the whole picture. The paper's space-MoE, six experts for the places of words, needs attention from
-patches to words, which this model has not: moejax/experts/space.py has it as a function. No code of
-the authors is public, and their network is a U-Net of 3B parameters; how experts are drawn,
-weighed and kept in balance is not said. Departures: else as ``dit`` says.
+What is here is the time-MoE: of four experts in each block (a number that we could not confirm)
+the noise level alone chooses one for the whole picture. The paper's space-MoE, experts for the
+places of words, needs attention from patches to words, which this model has not:
+moejax/experts/space.py has it as a function. No code of the authors is public, and their network is
+a U-Net of 3B parameters; how experts are drawn, weighed and kept in balance is not said.
+Departures: else as ``dit`` says.
 Device, minutes, quality: not measured.
 """
 
@@ -40,6 +41,7 @@ def get_config(arg=""):
         "model.block_pattern",
         "model.moe.activation",
         "model.moe.losses",
+        "model.moe.num_experts",
         "model.moe.router.options",
         "model.num_layers",
     )

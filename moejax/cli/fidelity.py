@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.cli.common import command_parser, print_json
+from moejax.config.evaluation import FidelityConfig
 from moejax.errors import UserError
 
 _COLUMNS = ("fd_efflite0", "kid_efflite0", "precision", "recall", "density", "coverage")
@@ -39,6 +40,14 @@ def run(argv: Sequence[str]) -> int:
         default=5,
         help="sets of training pictures, for the spread (default: 5)",
     )
+    parser.add_argument(
+        "--reference",
+        type=int,
+        default=FidelityConfig.reference,
+        metavar="N",
+        help="training pictures that copies are looked for among, at most; 0: all (default: "
+        "%(default)s)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     parser.add_argument(
         "--pictures", metavar="FILE.npy", type=Path, help="uint8 [n, h, w, 3], all of them judged"
@@ -49,6 +58,8 @@ def run(argv: Sequence[str]) -> int:
     for name in ("image_size", "count", "draws"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be positive")
+    if args.reference < 0:
+        raise UserError("--reference: must not be negative")
     # With --json stdout carries the document alone, whatever a library prints.
     aside = contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext()
     with aside:
@@ -75,7 +86,7 @@ def judge(args: Any) -> dict[str, Any]:
         for split in ("train", args.split)
     }
     rng = np.random.default_rng(args.seed)
-    rows = rng.permutation(len(opened["train"]))[: 2 * count * args.draws]
+    rows = rng.permutation(len(opened["train"]))[: args.reference or None]
     images, labels = read_pictures(opened[args.split])
     name = "--count" if samples is None else "pictures in the file"
     if len(images) < count:
@@ -92,7 +103,8 @@ def judge(args: Any) -> dict[str, Any]:
         sets = [(str(args.pictures), samples)]
     found = [{"set": name, **real.compare(pictures)} for name, pictures in sets]
     options = {"source": args.source, "image_size": args.image_size, "split": args.split}
-    options |= {"count": count, "draws": args.draws, "seed": args.seed}
+    options |= {"count": count, "draws": args.draws, "reference": len(training)}
+    options["seed"] = args.seed
     return {**options, "note": real.describe(), "floor": real.floor, "rows": found}
 
 

@@ -10,8 +10,9 @@ from flax import struct
 class KVCache(struct.PyTreeNode):
     """A tree of arrays, keyed as the decoder's ``rows``, and how many tokens were read.
 
-    Each attention has its own ``{"k", "v"}`` [l, b, s, g, h] and ``"filled"`` [l, b] i32, the slots
-    that are in use: those of different layers may differ in length, where some tokens skip a layer.
+    Each attention has its own ``{"k", "v"}`` [l, b, s, g, h], with ``"modality"`` [l, b, s] i32 in
+    layers whose modalities do not see each other, and ``"filled"`` [l, b] i32, the slots that are
+    in use: those of different layers may differ in length, where some tokens skip a layer.
     ``filled_b`` [b] i32 counts the tokens of each sequence, skipped or not, so rows of unequal
     length share a batch; ``position_b`` [b] i32 is the position of its next token, which is less
     where a picture counts as one (``model.latents.one_position``).
@@ -45,8 +46,8 @@ def write_rows(cache: KVCache, rows: dict, num_valid_b: jax.Array) -> KVCache:
 
     Args:
       cache: is updated in place where its buffers are donated (as in the carry of a loop).
-      rows: new keys and values [l, b, t, g, h], with ``"kept"`` [l, b, t] bool, or with more axes
-        in front.
+      rows: new keys and values [l, b, t, g, h], ``"modality"`` [l, b, t] where the cache has it,
+        and ``"kept"`` [l, b, t] bool; or all with more axes in front.
       num_valid_b: [b] i32, tokens that were read; the rest is padding, which no layer keeps.
 
     A row for which there is no slot left is dropped: the caller sizes the cache.

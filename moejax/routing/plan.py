@@ -38,8 +38,8 @@ class RouterInputs:
         None without one.
       causal_threshold: [e], the probability of ``causal_logits`` above which it says yes; None: a
         half. Carries no gradient.
-      tokens: [s, n, d], what the score saw; None where no loss asks for it.
-      score_params: the parameters of the score by name (moejax.routing.scores); None likewise.
+      tokens: [s, n, d], what the score saw, for losses; None for a router called by itself.
+      score_params: the parameters of the score by name (moejax.routing.scores), likewise.
       rng: key, or None where nothing is to be drawn (evaluation).
       step: [] i32 of the training step, or None.
       num_ffn: how many of the columns are experts with weights.

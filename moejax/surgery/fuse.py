@@ -2,7 +2,8 @@
 
 A router that sees the noise level alone (arXiv 2412.12953, "expert caching") chooses the same
 experts for all tokens at that level. Their hidden units side by side, with each expert's weight in
-its second matrix, are one dense layer, and so a sampler with given noise levels runs dense models.
+its second matrix, are one dense layer: a sampler with given noise levels could run dense models,
+one for each level. Neither ``moejax sample`` nor ``draw_pictures`` does: call :func:`fuse_at`.
 Departure: the authors' code averages the cached experts; here they keep the weights of the router.
 """
 
@@ -49,7 +50,7 @@ def fuse_at(
 ) -> tuple[TrunkConfig, dict]:
     """The dense model that ``model`` is for rows whose tokens all choose as they did in ``aux``.
 
-    To be made once for each noise level of a sampler; all are of one config, so that their
+    One for each noise level of a sampler of your own; all are of one config, so that their
     parameters can be stacked.
 
     Args:

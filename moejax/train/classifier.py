@@ -68,6 +68,7 @@ def class_accuracy(
     labels: Int[np.ndarray, " n"],
     *,
     categories: tuple[str, ...] = (),
+    num_classes: int = 0,
     split: str = "test",
 ) -> dict[str, float]:
     """How often a classifier finds the class that pictures were drawn for.
@@ -77,6 +78,7 @@ def class_accuracy(
       images: pictures to judge.
       labels: the class that each was asked for; negative ones do not count.
       categories: the names of the classes, to be held against those of the classifier's data.
+      num_classes: how many there are, to be held against the classifier's; 0: not known.
       split: of the classifier's data, whose real pictures are judged too.
 
     Returns:
@@ -92,6 +94,13 @@ def class_accuracy(
         raise UserError(
             f"{run.workdir}: its classes are those of {source.name} ({', '.join(known[:3])}, ...), "
             f"not these ({', '.join(categories[:3])}, ...); train one on the same data"
+        )
+
+    own = run.config.model.num_classes
+    if num_classes and num_classes != own:
+        raise UserError(
+            f"{run.workdir}: it knows {own} classes, and these pictures have {num_classes}; train "
+            "one on the same data"
         )
 
     def share(images: np.ndarray, labels: np.ndarray) -> float:

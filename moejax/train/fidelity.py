@@ -85,7 +85,13 @@ def fidelity(context: EvalContext) -> EvalResult:
         from moejax.train.classifier import class_accuracy, load_classifier
 
         judge = context.kept(f"{NAME} classifier", lambda: load_classifier(options.classifier))
-        values |= class_accuracy(judge, samples, labels, categories=categories)
+        values |= class_accuracy(
+            judge,
+            samples,
+            labels,
+            categories=categories,
+            num_classes=getattr(context.config.model, "num_classes", 0),
+        )
     values = {f"{NAME}/{name}": value for name, value in values.items()}
     shown = samples[:SHOWN]
     grid = _grid(shown, real.nearest_training(shown), labels[:SHOWN], categories)

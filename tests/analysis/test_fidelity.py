@@ -1,6 +1,7 @@
 """Distances and rates against what is known by hand; what sees copies; draws of real pictures."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,11 +12,22 @@ from moejax.analysis.fidelity.damage import damaged_sets, gaussian_pictures
 from moejax.analysis.fidelity.frechet import Gaussian, frechet_distance
 from moejax.analysis.fidelity.kernel import kernel_distance
 from moejax.analysis.fidelity.neighbours import copied, nearer, nearest, neighbour_rates, radii
-from moejax.analysis.fidelity.pictures import RealPictures, draw_halves, metric_names, read_pictures
+from moejax.analysis.fidelity.pictures import (
+    COPIES,
+    DISTANCES,
+    RATES,
+    RealPictures,
+    draw_halves,
+    metric_names,
+    read_pictures,
+)
 from moejax.cli.main import main
+from moejax.config import load_config
 from moejax.data.fashion_mnist import PACKAGE_FOLDER
 from moejax.data.prepare.efficientnet import installed_weights
+from moejax.data.sources import open_source
 from moejax.errors import UserError
+from moejax.train.fidelity import names as fidelity_names
 
 
 def drawn(n, d, seed=0, shift=0.0):
@@ -260,6 +272,25 @@ def test_gaussian_pictures_have_the_covariance_of_the_pixels():
     np.testing.assert_allclose(drawn.mean(axis=0), images.mean(axis=0), atol=1)
 
 
+def called_fid(name):
+    return re.search(r"(^|[\s_/-])fid($|[\s_/-])", name.lower()) is not None
+
+
+def keys_of(node):
+    """The keys of all objects of a document."""
+    keys = list(node) if isinstance(node, dict) else []
+    inner = node.values() if keys else node if isinstance(node, list) else ()
+    return keys + [key for part in inner for key in keys_of(part)]
+
+
+def test_no_value_is_called_fid():
+    """What is of another network than Inception would be held against published numbers."""
+    named = ("fid", "FID", "train/fid", "fid_efflite0", "floor_fid")
+    assert all(map(called_fid, named)) and not called_fid("fidelity/fd_efflite0")
+    names = [*metric_names(), *fidelity_names(load_config("dit")), *RATES, *DISTANCES, *COPIES]
+    assert "fidelity/floor_fd_efflite0" in names and not any(map(called_fid, names))
+
+
 def run_json(capsys, *flags, source="builtin:emoji32"):
     code = main(["fidelity", "--source", source, *flags, "--json"])
     return code, json.loads(capsys.readouterr().out)
@@ -280,6 +311,9 @@ def test_command(monkeypatch, capsys, tmp_path):
     assert lines[3].startswith("| pictures | fd efflite0 |")
     assert lines[5].startswith("| other training pictures (the floor) |")
     assert len(lines) == 6 + len(rows)
+    # The text may say that it is no FID; nothing is called so.
+    names = [*keys_of(document), *(cell.strip() for cell in lines[3].split("|"))]
+    assert "fd_efflite0" in names and not any(map(called_fid, names))
 
     file = tmp_path / "mine.npy"
     np.save(file, np.zeros((30, 32, 32, 3), np.uint8))
@@ -289,11 +323,28 @@ def test_command(monkeypatch, capsys, tmp_path):
     assert row["set"] == str(file) and row["fd_efflite0"] > document["floor"]["fd_efflite0"]
 
 
+def test_command_finds_copies_of_any_training_picture(monkeypatch, capsys, tmp_path):
+    """Not only of those that the draws compare with; ``--reference`` says among how many."""
+    monkeypatch.setattr(module, "efficientnet_encoder", lambda: encode)
+    training, _ = read_pictures(open_source("builtin:emoji32", "train", image_size=32))
+    file = tmp_path / "copies.npy"
+    np.save(file, training[np.linspace(0, len(training) - 1, 30).astype(int)])
+    flags = ["--pictures", str(file), "--draws", "2"]
+    _, document = run_json(capsys, *flags)
+    (row,) = document["rows"]
+    assert document["reference"] == len(training) > 1000
+    assert row["memorised"] == row["memorised_pixels"] == 1
+    _, document = run_json(capsys, *flags, "--reference", "120")
+    (row,) = document["rows"]
+    assert document["reference"] == 120 and row["memorised_pixels"] < 0.5
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         ([], "--source: name real pictures"),
         (["--source", "builtin:emoji32", "--count", "0"], "--count: must be positive"),
+        (["--source", "builtin:emoji32", "--reference", "-1"], "--reference: must not be negative"),
         (["--source", "builtin:emoji32", "--count", "1000"], "--count=1000: builtin:emoji32 has"),
         (["--source", "builtin:emoji32", "--count", "3"], "--count=3: too few to compare"),
         (["--source", "builtin:emoji32", "--pictures", "none.npy"], "--pictures none.npy: no .npy"),
@@ -330,7 +381,7 @@ def test_the_network_puts_blur_and_noise_in_order(capsys):
     floor, spread = (document["floor"][f"fd_efflite0{end}"] for end in ("", "_spread"))
     assert rows["as they are"]["features"] == 1280
     assert abs(far("as they are") - floor) < 0.1 * floor + 3 * spread
-    assert far("as they are") < far("blur of 1 pixels")
+    assert far("as they are") < far("blur of 0.5 pixels") < far("blur of 1 pixels")
     assert far("as they are") < far("noise of 5 / 255") < far("noise of 40 / 255")
     assert rows["half of them training pictures"]["memorised"] > 0.4
     assert rows["as they are"]["memorised"] < 0.1

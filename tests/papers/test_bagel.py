@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.analysis.params import abstract_params
+from moejax.analysis.params import boxed_params
 from moejax.api import build
 from moejax.config import load_config
 from moejax.config.schema import LatentConfig
@@ -17,6 +17,8 @@ from moejax.generate.generate import decode, pad_prompts, place_latents, prefill
 from moejax.models.decoder import build_decoder
 from moejax.objectives.transfusion import patch_weights
 from moejax.ops.pictures import one_position_each, patch_numbers
+from moejax.surgery import init_from
+from moejax.train.leaves import modality_axis, named_leaves, path_name, shape_of, towers_of
 
 from .latent_rows import (
     AFTER_DRAWN,
@@ -56,10 +58,9 @@ def test_the_new_tower_on_text_is_the_base(arg, drawn, tiny, tiny_batch):
     params = drawn(text_model, base)
     expected = text_model.apply({"params": params}, tiny_batch(0)).logits
     # Without pictures as latents all tokens have logits.
-    config = load_config(f"bagel{arg}", tiny).model
-    model = build_decoder(dataclasses.replace(config, latents=LatentConfig()))
-    shapes = abstract_params(model, base)
-    towers = jax.tree.map(lambda x, like: jnp.broadcast_to(x, like.shape), params, shapes)
+    config = load_config(f"bagel{arg}", tiny)
+    model = build_decoder(dataclasses.replace(config.model, latents=LatentConfig()))
+    towers = begun_from(params, base, model, config, drawn(model, base, seed=2))
     apply = jax.jit(lambda params, batch: model.apply({"params": params}, batch).logits)
     mixed = np.random.default_rng(0).integers(0, 2, (2, 12))
     for modality in (np.ones((2, 12)), mixed):
@@ -69,6 +70,23 @@ def test_the_new_tower_on_text_is_the_base(arg, drawn, tiny, tiny_batch):
     ffn = towers["stack"]["segment_0"]["block_0"]["ffn"]
     ffn["wo_mfd"] = ffn["wo_mfd"].at[:, 1].multiply(1.1)
     assert np.abs(apply(towers, tiny_batch(mixed)) - expected).max() > 1e-3
+
+
+def begun_from(params: dict, base, model, config, fresh: dict) -> dict:
+    """``fresh`` parameters as ``train.init_from`` of a run of ``base`` leaves them."""
+    modalities, train = config.model.modalities, config.train
+    here = {
+        name: init_from.Leaf(shape_of(leaf), modality_axis(leaf), towers_of(name, leaf, modalities))
+        for name, leaf in named_leaves(boxed_params(model, base)).items()
+    }
+    there = named_leaves(params)
+    shapes = {name: leaf.shape for name, leaf in there.items()}
+    source = init_from.Source("text", shapes, base.model.modalities)
+    rules = init_from.Rules(train.init_rename, train.init_broadcast)
+    plan = init_from.plan(here, source, rules, modalities)
+    assert not plan.skipped and not plan.unused
+    filled = init_from.fill(plan, here, named_leaves(fresh), there)
+    return jax.tree_util.tree_map_with_path(lambda path, _: filled[path_name(path)], fresh)
 
 
 def test_pictures_go_by_role(bagel):

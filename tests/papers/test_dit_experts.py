@@ -27,9 +27,8 @@ def test_experts_choose_in_one_picture(expert_layer, tokens):
     _, aux = layer(tokens)
     np.testing.assert_array_equal(taken(aux).sum(axis=1), 1)
     probs = np.asarray(jax.nn.softmax(tokens @ layer.params["router"]["router_mde"][0]))
-    np.testing.assert_array_equal(
-        taken(aux).nonzero()[1].reshape(2, -1).sum(), probs.argmax(axis=1).sum()
-    )
+    best = probs.argmax(axis=1)[:, None] == np.arange(12)[:, None]
+    np.testing.assert_array_equal(taken(aux), best)
     weights = np.where(taken(aux), probs, 0).sum(axis=-1)
     np.testing.assert_allclose(aux["weights"].sum(axis=-1), weights, rtol=1e-4)
     _, beside = layer(other_second_picture(tokens))
@@ -40,8 +39,11 @@ def test_experts_choose_from_the_batch(expert_layer, tokens):
     """DiffMoE: three of all 24 patches each; what one picture gets depends on the other."""
     layer = expert_layer("diffmoe")
     _, aux = layer(tokens, train=True)
-    np.testing.assert_array_equal(taken(aux).sum(axis=(0, 1)), 3)
-    assert (taken(aux).sum(axis=1) != 1.5).any()
+    probs = np.asarray(jax.nn.softmax(tokens @ layer.params["router"]["router_mde"][0]))
+    third = -np.sort(-probs.reshape(24, E), axis=0)[2]
+    np.testing.assert_array_equal(taken(aux), probs >= third)
+    first, second = taken(aux).sum(axis=1)
+    assert (first != second).all()
     _, beside = layer(other_second_picture(tokens), train=True)
     assert (beside["expert_ids"][0] != aux["expert_ids"][0]).any()
 

@@ -214,9 +214,9 @@ def test_earlier_tokens_do_not_see_later_ones():
 @pytest.mark.parametrize(
     "share",
     [
-        (False, True),
+        (False, True, False),
+        pytest.param((False, True), marks=pytest.mark.slow),
         pytest.param((True, False), marks=pytest.mark.slow),
-        pytest.param((False, True, False), marks=pytest.mark.slow),
         pytest.param(APART, marks=pytest.mark.slow),
         pytest.param(TOGETHER, marks=pytest.mark.slow),
     ],

@@ -25,7 +25,7 @@ from moejax.train.fidelity import DRAWERS, draw_samples
 from moejax.train.setup import prepare_model
 
 CLASSES, COUNT, BATCH = 3, 24, 10
-OPTIONS = FidelityConfig(pictures=COUNT, draws=2)
+OPTIONS = FidelityConfig(pictures=COUNT, draws=5)
 
 
 class Pictures(list):
@@ -110,8 +110,9 @@ def test_copies_and_flat_pictures(context, monkeypatch):
     value = lambda result, name: result.values[f"fidelity/{name}"]
     assert value(result, "pictures") == COUNT
     assert value(result, "memorised") == value(result, "memorised_pixels") == 1
-    spread = value(result, "floor_fd_efflite0_spread")
-    assert value(result, "fd_efflite0") < value(result, "floor_fd_efflite0") + 5 * spread + 1
+    far, floor = value(result, "fd_efflite0"), value(result, "floor_fd_efflite0")
+    spread = np.hypot(*(value(result, f"{n}fd_efflite0_spread") for n in ("", "floor_")))
+    assert abs(far - floor) < spread
     (grid,), (note,) = result.images.values(), result.notes
     assert grid.ndim == 3 and "24 pictures on either side" in note
     # Classes of training, about as frequent; real pictures are read and described once.
@@ -123,7 +124,7 @@ def test_copies_and_flat_pictures(context, monkeypatch):
         flat = evaluated(context.with_params({"copies": False}))
     assert len(makings) == 1
     assert value(flat, "memorised") == 0 and value(flat, "recall") < 0.1
-    assert value(flat, "fd_efflite0") > value(result, "fd_efflite0")
+    assert value(flat, "fd_efflite0") > 4 * max(far, floor)
 
 
 def test_training_pictures_are_not_held_out(context, monkeypatch):
@@ -181,7 +182,7 @@ def make_classifier(monkeypatch, **data):
     def apply(batch):
         assert batch["images"].shape == (BATCH, 8, 8, 3) and batch["images"].dtype == np.uint8
         logits = batch["images"].mean(axis=(1, 2))
-        logits[:, 1] = 0
+        logits[:, 0], logits[:, 1] = logits[:, :2].max(axis=1), 0
         # Rows that fill up the batch say so.
         logits[batch["weights"] == 0] = np.nan
         return SimpleNamespace(logits=logits)
@@ -196,8 +197,7 @@ def make_classifier(monkeypatch, **data):
 def test_class_accuracy(monkeypatch):
     judge = make_classifier(monkeypatch)
     images = np.stack([record["image"] for record in Pictures(24, "val")])
-    found = judge.classify(images)
-    assert found.tolist() == [0, 0, 2] * 8 or (found[2::3] == 2).all() and (found[::3] == 0).all()
+    assert judge.classify(images).tolist() == [0, 0, 2] * 8
     labels = np.arange(24) % CLASSES
     # 10 of 31 real pictures are green; of samples those without a class do not count.
     values = class_accuracy(judge, images, labels, categories=Pictures.categories)
@@ -215,6 +215,9 @@ def test_a_classifier_that_cannot_judge(monkeypatch):
         judge.classify(images)
     with pytest.raises(UserError, match=r"classes are those of made:channels \(red, green, blue"):
         class_accuracy(judge, images, labels, categories=("a", "b", "c"))
+    # Data without names of its classes.
+    with pytest.raises(UserError, match="runs/judge: it knows 3 classes, and these .* have 10"):
+        class_accuracy(judge, np.zeros((4, 8, 8, 3), np.uint8), labels, num_classes=10)
     with pytest.raises(UserError, match="runs/judge: its model is no classifier of pictures"):
         make_classifier(monkeypatch, image_sizes=(8,), max_patches=4)
 
@@ -228,6 +231,9 @@ def test_the_evaluator_asks_the_classifier(context, monkeypatch):
     assert values["fidelity/real_class_accuracy"] == pytest.approx(21 / 31)
     assert 0.3 < values["fidelity/class_accuracy"] < 0.95
     assert isinstance(make_classifier(monkeypatch), Classifier)
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=4))
+    with pytest.raises(UserError, match="it knows 3 classes, and these pictures have 4"):
+        evaluated(dataclasses.replace(context, config=other))
 
 
 def test_a_diffusion_model_draws_what_its_labels_say():

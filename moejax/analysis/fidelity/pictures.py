@@ -88,8 +88,8 @@ class RealPictures:
     for the floor. No picture is in two of these sets where there are enough.
 
     Args:
-      reference: training pictures, all of them where copies are looked for; at least twice
-        ``count``.
+      reference: training pictures, at least twice ``count``. Copies are looked for among them
+        alone: give all, where there is the time.
       count: pictures of each set.
       held_out: real pictures that were not trained on; without them copies are not looked for.
       encode: features of pictures; left out, :func:`efficientnet_encoder`.
