@@ -44,11 +44,15 @@ BACKWARD_AND_FORWARD = 3
 
 @dataclasses.dataclass(frozen=True)
 class TokenFlops:
-    """Forward FLOPs of one token: matmuls with weights, with keys and values, and logits."""
+    """Forward FLOPs of one token: matmuls with weights, with keys and values, and logits.
+
+    ``detached`` are those of ``weights`` whose input takes no gradient.
+    """
 
     weights: float
     attention: float
     logits: float
+    detached: float = 0.0
 
     @property
     def forward(self) -> float:
@@ -62,7 +66,7 @@ class TokenFlops:
     @property
     def training(self) -> float:
         """Forward and backward, nothing computed twice."""
-        return BACKWARD_AND_FORWARD * self.forward
+        return BACKWARD_AND_FORWARD * self.forward - self.detached
 
     def __add__(self, other: "TokenFlops") -> "TokenFlops":
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
@@ -389,10 +393,11 @@ def _inner_flops(model: TrunkConfig, modality: int, length: int) -> TokenFlops:
 def _decision(model: TrunkConfig) -> TokenFlops:
     """A score, and the predictor that decides in its place."""
     depth, d = model.depth, model.d_model
-    products = d * (2 if depth.gate == "softmax" else 1)
+    products, detached = d * (2 if depth.gate == "softmax" else 1), 0
     if depth.causal_rule == "predictor":
-        products += (depth.predictor_hidden or d // 2) * (d + 1)
-    return TokenFlops(2.0 * products, 0.0, 0.0)
+        detached = d * (depth.predictor_hidden or d // 2)
+        products += detached + detached // d
+    return TokenFlops(2.0 * products, 0.0, 0.0, 2.0 * detached)
 
 
 def _attention(model: TrunkConfig, length: int) -> TokenFlops:
@@ -436,4 +441,6 @@ def _experts(model: TrunkConfig, length: int) -> TokenFlops:
     width = expert_rows(moe, length) * (moe.hidden or max(model.ffn_hidden)) + moe.shared_hidden
     mixing = 2 * model.d_model * soft_slots(moe)
     router = TokenFlops(2.0 * (router_products(model) + mixing), 0.0, 0.0)
+    detached = model.d_model * (moe.causal_router_hidden or model.d_model // 2)
+    router = dataclasses.replace(router, detached=2.0 * detached * moe.causal_router)
     return (_mlp(model, width, moe.activation) + router).scaled(moe.iterations)
