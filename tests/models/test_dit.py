@@ -114,6 +114,19 @@ def test_blocks_begin_as_the_identity(kind):
     assert np.abs(run(config, params=gates).prediction - before).max() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_what_goes_into_a_new_block_comes_out(kind):
+    config = make_config(block_pattern=(kind,), num_layers=1, **KINDS[kind])
+    block = make_block(config, kind, "block")
+    x_btd = jnp.asarray(np.random.default_rng(0).normal(size=(2, PATCHES, D)), jnp.float32)
+    ctx = context_of(config)
+    params = meta.unbox(jax.jit(block.init)(jax.random.key(0), x_btd, {}, {}, ctx))["params"]
+    apply = jax.jit(lambda params: block.apply({"params": params}, x_btd, {}, {}, ctx)[0])
+    np.testing.assert_array_equal(apply(params), x_btd)
+    gates = add_one({"block": params}, "block", lambda path: "modulation" in path)["block"]
+    assert np.abs(np.asarray(apply(gates) - x_btd)).max() > 1e-2
+
+
 def add_one(params: dict, name: str, which) -> dict:
     """1 more for the parameters under a name whose paths are meant."""
     change = lambda path, leaf: leaf + which(jax.tree_util.keystr(path))
