@@ -11,7 +11,8 @@ putting them back, and evaluation takes the likeliest two; weights over their su
 logistic noise levels. The chosen experts of a level are one wide dense layer:
 ``moejax.surgery.fuse.fuse_at``. Departures: pictures in place of a robot's actions; blocks told by
 adaLN, where the authors add the noise to what attention reads; no biases; a router of two matrices
-and GELU; the balance is a mean over layers there, so that its coefficient is divided here.
+and GELU; the balance is a mean over layers there, so that its coefficient is divided here; the
+noise level is embedded as 1000 times EDM's log(sigma) / 4.
 Device, minutes, quality: not measured.
 """
 

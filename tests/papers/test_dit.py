@@ -1,5 +1,7 @@
 """Diffusion transformers of the papers: DiT-MoE's experts, sizes, how it is upcycled."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +10,15 @@ import pytest
 from moejax.analysis.params import param_table
 from moejax.api import build
 from moejax.config import load_config
+from moejax.objectives.base import LossSums, Objective
+from moejax.objectives.routing import with_routing
 from moejax.train.checkpoint import Checkpoints
 from moejax.train.setup import prepare_model
 from moejax.train.start import plan_start
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
+# Of what ``expert_layer`` gives to its experts.
+WIDTH = 16
 TINY = {
     "model.image_size": 8,
     "model.d_model": 16,
@@ -45,6 +51,29 @@ def test_experts_of_dit_moe(expert_layer, tokens, mlp):
     # The widths of the authors' code.
     model = load_config("dit_moe:s_8e2a").model
     assert (model.moe.hidden, model.moe.shared_hidden) == (4 * model.d_model, 2 * model.d_model)
+
+
+def test_the_loss_of_balance_is_its_coefficient_where_the_load_is_spread(expert_layer):
+    """0.01 of patches that choose each pair of neighbouring experts as often; more of one pair."""
+    layer = expert_layer("dit_moe")
+    experts, chosen = 8, 2
+    towards_eb = np.eye(experts, WIDTH, dtype=np.float32)
+    pairs = towards_eb + np.roll(towards_eb, 1, axis=0)
+    spread = np.tile(pairs, (3, 1)).reshape(2, 12, WIDTH)
+    router = {**layer.params["router"], "router_mde": jnp.asarray(5 * towards_eb.T[None])}
+    nothing = Objective(lambda outputs, batch, rng=None: LossSums({}, {}, ()))
+    found = []
+    for tokens in (spread, np.broadcast_to(pairs[0], spread.shape)):
+        _, aux = layer(jnp.asarray(tokens), params={**layer.params, "router": router})
+        one_layer = {"moe": {"router": jax.tree.map(lambda leaf: leaf[None], aux)}}
+        sums = with_routing(nothing, layer.config)(types.SimpleNamespace(aux=one_layer), {})
+        counts = np.bincount(np.ravel(aux["expert_ids"]), minlength=experts)
+        found.append((counts.tolist(), float(sums.total())))
+    assert found[0][0] == [spread.size // WIDTH * chosen // experts] * experts
+    assert found[0][1] == pytest.approx(0.01, rel=1e-5)
+    # All on two experts of eight: four times as much, but for what the others' scores are.
+    assert sorted(found[1][0])[:-2] == [0] * 6
+    assert found[1][1] == pytest.approx(0.04, rel=0.03)
 
 
 def test_dit_moe_g_has_16_5b_parameters_and_3_1b_active():
