@@ -13,8 +13,9 @@ dense layer; no sampler here calls it. Departures: pictures in place of a robot'
 told by adaLN, where the authors add the noise to what attention reads and have it as a token too;
 experts are added to their input, and to what the norm made of it there; no biases; a router of two
 matrices, twice the width, and GELU (four times, SwiGLU and biases there); the balance is a mean
-over layers there, so that its coefficient is divided here.
-Device, minutes, quality: not measured.
+over layers there, so that its coefficient is divided here; the noise level is embedded as 1000
+times EDM's log(sigma) / 4. Device, minutes, quality: not
+measured.
 """
 
 from moejax.config import load_config_dict

@@ -27,6 +27,9 @@ MODES = (
 _OF_DENOISERS = ("class2image", "denoising", "guidance")
 _PROMPTED = ("text2image", "denoising", "guidance")
 _SETTINGS = ("seed", "temperature", "top_k", "top_p", "guidance")
+# Flags that have an effect on one kind of model alone.
+_SEQUENCE_FLAGS = ("temperature", "top_k", "top_p", "ancestral")
+_DENOISER_FLAGS = ("sampler", "shift", "spacing", "guidance_interval")
 # What each data.order trains a model to write.
 _TRAINED = {
     "text_first": ("text2image", "unconditional"),
@@ -51,9 +54,15 @@ def run(argv: Sequence[str]) -> int:
         action="append",
         default=[],
         metavar="TEXT",
-        help="a caption of your own for text2image; can be given several times",
+        help="a caption of your own for text2image, denoising or guidance; can be given several "
+        "times",
     )
-    parser.add_argument("--n", type=int, default=16, help="samples per mode (default: 16)")
+    parser.add_argument(
+        "--n",
+        type=int,
+        default=16,
+        help="samples per mode, fewer where rows would not be whole (default: 16)",
+    )
     parser.add_argument(
         "--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)"
     )
@@ -89,6 +98,18 @@ def run(argv: Sequence[str]) -> int:
         default=1.0,
         help="of the times of --sampler; above 1 more steps are spent where there is much noise",
     )
+    parser.add_argument(
+        "--spacing",
+        default="",
+        help="of the times of --sampler: uniform, of EDM rho or exponential (default: the first)",
+    )
+    parser.add_argument(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="times between which a diffusion model is guided; 0 is data (default: all)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
         "--split",
@@ -99,6 +120,7 @@ def run(argv: Sequence[str]) -> int:
     args = parser.parse(argv)
     modes = _modes(args)
     config = workdir_config(args.workdir)
+    _check_flags(args, parser, config)
 
     from tqdm import tqdm
 
@@ -136,7 +158,10 @@ def run(argv: Sequence[str]) -> int:
             )
             for mode in modes:
                 bar.set_description(mode)
+                before = bar.n
                 outcome = sample_mode(mode, request)
+                # A mode draws fewer where rows would not be whole.
+                bar.total += bar.n - before - args.n
                 paths = write_outcome(outcome, folder, _about_mode(about, mode))
                 written[mode] = outcome, paths
                 bar.write("\n".join(_report(outcome, paths)))
@@ -182,6 +207,20 @@ def _modes(args: argparse.Namespace) -> tuple[str, ...]:
     return () if args.mode in (None, "all") else (args.mode,)
 
 
+def _check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, config: Any) -> None:
+    """UserError for a flag without an effect on this kind of model."""
+    from moejax.generate.denoiser import draws_pictures
+
+    denoiser = draws_pictures(config)
+    for name in _SEQUENCE_FLAGS if denoiser else _DENOISER_FLAGS:
+        if getattr(args, name) != parser.get_default(name):
+            kind = "sequences" if denoiser else "a diffusion model of pictures"
+            raise UserError(
+                f"--{name.replace('_', '-')}: is of {kind}, and has no effect on model.name="
+                f"{config.model.name}; leave it out"
+            )
+
+
 def _possible(config: Any) -> tuple[str, ...]:
     """The modes that the model of a run was trained for; UserError if it writes nothing."""
     from moejax.generate.api import check_can_sample
@@ -218,12 +257,15 @@ def _sampler(loaded: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Any]
         drawing = Drawing(
             sampler=args.sampler or Drawing.sampler,
             steps=args.denoise_steps,
+            spacing=args.spacing,
             shift=args.shift,
             guidance=args.guidance,
+            interval=tuple(args.guidance_interval) if args.guidance_interval else None,
         )
         sampler = dataclasses.replace(sampler, drawing=check_drawing(drawing, sampler.diffusion))
-        names = ("seed", "guidance", "denoise_steps", "shift")
+        names = ("seed", "guidance", "denoise_steps", "shift", "spacing", "guidance_interval")
         settings = {name: getattr(args, name) for name in names}
+        settings = {name: value for name, value in settings.items() if value not in ("", None)}
         return sampler, {**settings, "sampler": drawing.sampler}
     settings = {name: getattr(args, name) for name in _SETTINGS}
     sampler = sampler_of(loaded)
@@ -237,7 +279,8 @@ def _sampler(loaded: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Any]
 def _about_mode(about: dict[str, Any], mode: str) -> dict[str, Any]:
     """``about`` without the settings that have no effect in ``mode``."""
     guided = ("text2image", "class2image", "denoising")
-    return {key: value for key, value in about.items() if key != "guidance" or mode in guided}
+    weights = ("guidance", "guidance_interval")
+    return {key: value for key, value in about.items() if key not in weights or mode in guided}
 
 
 def _report(outcome: "Outcome", paths: dict[str, Path]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from moejax.config.checks import require, require_one_of
+from moejax.config.checks import require, require_one_of, require_positive
 from moejax.config.registry import OBJECTIVE_CONFIGS
 from moejax.config.vision import AugmentConfig
 
@@ -37,9 +37,14 @@ class TimeSampling:
 
     def __post_init__(self):
         require_one_of(self.distribution, SHARES + LEVELS, "objective.times.distribution")
-        for name in ("std", "shift"):
-            value = getattr(self, name)
-            require(value > 0, f"objective.times.{name}", f"must be positive, got {value}")
+        require_positive(self, "objective.times", ("std", "shift"))
+        for name in ("mean", "std"):
+            default = getattr(TimeSampling, name)
+            require(
+                self.distribution != "uniform" or getattr(self, name) == default,
+                f"objective.times.{name}",
+                f"has no effect on 'uniform'; leave it {default}, or set the distribution",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,20 +75,25 @@ class Diffusion:
         require_one_of(self.schedule, ("cosine", "linear"), "objective.schedule")
         require_one_of(self.predicts, PREDICTIONS[self.process], "objective.prediction")
         require_one_of(self.direction, ("to_noise", "to_data"), "objective.direction")
-        for name, process, default in (
-            ("schedule", "ddpm", "cosine"),
-            ("direction", "flow", "to_noise"),
-            ("learned_range", "ddpm", False),
+        for name, process in (
+            ("schedule", "ddpm"),
+            ("direction", "flow"),
+            ("learned_range", "ddpm"),
+            ("sigma_data", "edm"),
+            ("sigma_min", "edm"),
+            ("sigma_max", "edm"),
         ):
+            default = getattr(Diffusion, name)
             require(
                 self.process == process or getattr(self, name) == default,
                 f"objective.{name}",
                 f"is of process {process!r}; leave it {default} for {self.process!r}",
             )
+        require_positive(self, "objective", ("sigma_data",))
         require(
-            0 < self.sigma_min < self.sigma_max and self.sigma_data > 0,
+            0 < self.sigma_min < self.sigma_max,
             "objective.sigma_min",
-            "need 0 < sigma_min < sigma_max and sigma_data > 0",
+            f"need 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}",
         )
         require_one_of(
             self.times.distribution,
@@ -108,7 +118,8 @@ class DiffusionConfig(Diffusion):
     """Denoising of pictures or their latents (objectives/diffusion.py)."""
 
     name: str = "diffusion"
-    # How often a training picture loses its label and its text, for classifier-free guidance.
+    # How often a training picture loses its label, and its text, for classifier-free guidance;
+    # where it has both each by itself.
     label_dropout: float = 0.1
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
 

@@ -4,10 +4,15 @@ For example::
 
     sampler = load_denoiser("runs/dit_moe")
     pictures = draw_pictures(sampler, [0, 1, 2], seed=1).pictures
+
+A picture depends on its seed, its number and its condition alone, unless experts choose among the
+patches of all pictures that are drawn together, as those of configs/papers/diffmoe.py do. Then it
+depends on the others of its batch too, and so on ``batch_size``.
 """
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from moejax.config.checks import require
 from moejax.config.diffusion import Diffusion
 from moejax.config.schema import Config, DiTConfig
 from moejax.data.text_tokenizer import TextTokenizer, load_text_tokenizer
@@ -25,6 +31,7 @@ from moejax.errors import UserError
 from moejax.generate.sampling import row_keys
 from moejax.models.autoencoder import to_uint8
 from moejax.models.picture_codec import load_picture_codec
+from moejax.ops.diffusion import network_input
 from moejax.ops.diffusion_times import time_grid
 from moejax.ops.samplers import SAMPLERS, guided, row_noise, sample
 from moejax.parallel.mesh import mesh_of
@@ -44,9 +51,10 @@ class Drawing:
       sampler: of moejax.ops.samplers.
       steps: of the sampler.
       spacing: of its times (moejax.ops.diffusion_times.time_grid); "" is the process's own.
-      shift: of its times; above 1 it stays longer where there is much noise.
+      shift: of its times; above 1 it stays longer where there is much noise. 1 for "edm".
       guidance: weight w of ``uncond + w (cond - uncond)``.
-      interval: lowest and highest time at which guidance works; None: all.
+      interval: lowest and highest time t (moejax/ops/diffusion.py, whatever the network is told) at
+        which guidance works (arXiv 2404.07724); None: all.
     """
 
     sampler: str = "ddim"
@@ -68,7 +76,7 @@ class PictureSampler:
       codec: of latents; None of pixels.
       text_tokenizer: None of models that read no texts.
       drawing: how pictures are drawn unless a call says otherwise.
-      batch_size: the most rows at once; results do not depend on it.
+      batch_size: the most rows at once (the module docstring says what depends on it).
     """
 
     model: Any
@@ -173,15 +181,33 @@ def denoiser_of(loaded: Any) -> PictureSampler:
 def check_drawing(drawing: Drawing, diffusion: Diffusion) -> Drawing:
     """UserError naming the flag for what cannot be; returns ``drawing``."""
     SAMPLERS.get(drawing.sampler, field="--sampler")
-    if drawing.steps < 1:
-        raise UserError(f"--denoise-steps: must be positive, got {drawing.steps}")
-    if not 0 <= drawing.guidance < float("inf"):
-        raise UserError(f"--guidance: must be 0 or more, got {drawing.guidance}")
+    require(drawing.steps >= 1, "--denoise-steps", f"must be positive, got {drawing.steps}")
+    _check_guidance(drawing.guidance)
+    shift = drawing.shift
+    require(0 < shift < math.inf, "--shift", f"must be positive and finite, got {shift}")
+    require(
+        diffusion.process != "edm" or shift == 1,
+        "--shift",
+        "leave it 1 for 'edm', whose times are noise levels (--spacing)",
+    )
+    if drawing.interval is not None:
+        low, high = drawing.interval
+        require(
+            0 <= low < high,
+            "--guidance-interval",
+            f"need 0 <= the lower time < the higher one, got {low} and {high}",
+        )
     try:
-        time_grid(diffusion, drawing.steps, drawing.spacing, drawing.shift)
+        time_grid(diffusion, drawing.steps, drawing.spacing, shift)
+    except UserError as error:
+        raise UserError(f"--spacing: {error}") from error
     except ValueError as error:
         raise UserError(f"--denoise-steps: {error}") from error
     return drawing
+
+
+def _check_guidance(weight: float) -> None:
+    require(0 <= weight < math.inf, "--guidance", f"must be 0 or more, got {weight}")
 
 
 def draw_pictures(
@@ -192,6 +218,7 @@ def draw_pictures(
     row_ids: Sequence[int] | None = None,
     guidance: Sequence[float] | float | None = None,
     keep: tuple[int, ...] = (),
+    fill: bool = False,
     progress: Callable[[int], Any] | None = None,
 ) -> Drawn:
     """One picture for each condition; compiles once for each number of rows.
@@ -199,54 +226,69 @@ def draw_pictures(
     Args:
       sampler: from :func:`load_denoiser`.
       conditions: what each is to show.
-      seed: picture i begins from the noise of (seed, ``row_ids[i]``), whatever the others are.
+      seed: picture i begins from the noise of (seed, ``row_ids[i]``), whatever the others are (the
+        module docstring says when it also ends like that).
       row_ids: by default 0, 1, ...; equal ones begin from the same noise.
       guidance: its weight, one number or one for each row, instead of that of the sampler.
       keep: steps of which the implied pictures are returned too, from 0.
+      fill: fill up fewer rows than ``sampler.batch_size`` too, so that none compile anew.
       progress: called with the number of pictures done since the last call.
 
     Raises:
-      UserError: a condition or a setting that means nothing.
+      UserError: there are no conditions, or one or a setting means nothing.
     """
     drawing = check_drawing(sampler.drawing, sampler.diffusion)
-    given = sampler.conditions(conditions)
-    nothing = sampler.conditions([None] * len(conditions))
     count = len(conditions)
-    ids = np.arange(count) if row_ids is None else np.asarray(row_ids)
-    weights = np.broadcast_to(
-        np.asarray(drawing.guidance if guidance is None else guidance, np.float32), (count,)
+    require(
+        count > 0, "conditions", "there are none; give one for each picture (None says nothing)"
     )
-    plain = bool((weights == 1).all())
-    size = min(sampler.batch_size, count)
+    given = sampler.conditions(conditions)
+    nothing = sampler.conditions([None] * count)
+    ids = _each("row_ids", range(count) if row_ids is None else row_ids, count)
+    guidance_b = _each("guidance", drawing.guidance if guidance is None else guidance, count)
+    for weight in guidance_b:
+        _check_guidance(weight)
+    plain = bool((guidance_b == 1).all())
+    size = sampler.batch_size if fill else min(sampler.batch_size, count)
     pictures, kept = [], []
-    for start in range(0, count, max(size, 1)):
-        # Rows do not depend on each other, so the last batch is filled up with any.
-        rows = np.minimum(np.arange(start, start + size), count - 1)
+    for start in range(0, count, size):
+        # The last batch is filled up with any rows, of weight 0: experts do not see them.
+        numbers = np.arange(start, start + size)
+        rows = np.minimum(numbers, count - 1)
+        real = {"weights": (numbers < count).astype(np.float32)}
         take = functools.partial(jax.tree.map, lambda values, rows=rows: values[rows])
         with mesh_of(sampler.params):
             found = _draw(
                 sampler.model,
                 sampler.params,
-                take(given),
-                take(nothing),
+                take(given) | real,
+                take(nothing) | real,
                 row_keys(seed, ids[rows]),
-                None if plain else jnp.asarray(weights[rows]),
+                None if plain else jnp.asarray(guidance_b[rows], jnp.float32),
                 diffusion=sampler.diffusion,
                 # Another weight compiles nothing.
                 drawing=dataclasses.replace(drawing, guidance=1.0),
                 clip=PIXEL_CLIP if sampler.codec is None else LATENT_CLIP,
                 keep=keep,
             )
-        real = min(size, count - start)
-        pictures.append(_decode(sampler, found.final[:real]))
-        kept.append([_decode(sampler, values[:real]) for values in found.kept])
+        own = min(size, count - start)
+        pictures.append(_decode(sampler, found.final[:own]))
+        kept.append([_decode(sampler, values[:own]) for values in found.kept])
         if progress is not None:
-            progress(real)
+            progress(own)
     times = time_grid(sampler.diffusion, drawing.steps, drawing.spacing, drawing.shift)
     strips = [np.concatenate(parts) for parts in zip(*kept, strict=True)]
     whole = np.concatenate(pictures)
     empty = np.zeros((0, *whole.shape), np.uint8)
     return Drawn(whole, np.stack(strips) if strips else empty, times[list(keep)])
+
+
+def _each(name: str, values: Any, count: int) -> np.ndarray:
+    """One of the values for each of ``count`` pictures; UserError if there are more or fewer."""
+    values = np.asarray(values)
+    if values.shape not in ((), (count,)):
+        raise UserError(f"{name}: {count} pictures, and {len(values)} of these; give one for each")
+    return np.broadcast_to(values, (count,))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "diffusion", "drawing", "clip", "keep"))
@@ -271,10 +313,21 @@ def _draw(
 
     weight = 1.0 if weight_b is None else weight_b
     shape = (cfg.image_size, cfg.image_size, cfg.in_channels)
-    steered = guided(network, condition, no_condition, weight, interval=drawing.interval)
+    steered = guided(
+        network, condition, no_condition, weight, interval=_told(diffusion, drawing.interval)
+    )
     times = time_grid(diffusion, drawing.steps, drawing.spacing, drawing.shift)
     noise = row_noise(key_b, 0, shape)
     return sample(diffusion, drawing.sampler, steered, noise, times, key_b, clip=clip, keep=keep)
+
+
+def _told(diffusion: Diffusion, interval: tuple[float, float] | None) -> tuple | None:
+    """Times, as the lowest and the highest number by which the network is told of them."""
+    if interval is None:
+        return None
+    times = jnp.asarray(interval, jnp.float32)
+    _, told = network_input(diffusion, times, times)
+    return told.min(), told.max()
 
 
 def _decode(sampler: PictureSampler, x_bhwz: Array) -> UInt8[np.ndarray, "n h w 3"]:

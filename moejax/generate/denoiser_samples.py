@@ -3,7 +3,7 @@
 Those of texts and of nothing said are moejax/generate/samples.py's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,10 +47,10 @@ def modes_of(config: DiTConfig) -> tuple[str, ...]:
 
 
 def class_to_image(request: Request) -> Outcome:
-    """Pictures of each class, beside a real one of the split."""
+    """Pictures of each class, beside a real one of the split; of many classes of some."""
     sampler = request.sampler
-    classes = range(sampler.model.config.num_classes)
-    each = max(1, request.count // len(classes))
+    classes = some_classes(sampler.model.config.num_classes, request.count)
+    each = request.count // len(classes)
     examples = class_examples(request, classes)
     conditions = [label for label in classes for _ in range(each)]
     drawn = draw_pictures(sampler, conditions, seed=request.seed, progress=request.progress)
@@ -79,7 +79,7 @@ def class_to_image(request: Request) -> Outcome:
 def denoising(request: Request) -> Outcome:
     """Strips of the pictures that the model has in mind on the way, from noise to the sample."""
     sampler = request.sampler
-    shown = _shown(request)
+    shown = _shown(request, request.count)
     steps = sampler.drawing.steps
     keep = tuple(dict.fromkeys(np.linspace(0, steps - 1, FRAMES).round().astype(int).tolist()))
     drawn = draw_pictures(
@@ -101,9 +101,12 @@ def denoising(request: Request) -> Outcome:
 
 
 def guidance(request: Request) -> Outcome:
-    """The same noise under several weights of guidance, and how near the training pictures are."""
+    """The same noise under several weights of guidance, and how near the training pictures are.
+
+    One sweep at least, also if ``request.count`` is less than its pictures.
+    """
     sampler = request.sampler
-    shown = _shown(request)
+    shown = _shown(request, max(1, request.count // len(WEIGHTS)))
     conditions = [condition for condition, _ in shown for _ in WEIGHTS]
     drawn = draw_pictures(
         sampler,
@@ -140,7 +143,13 @@ def guidance(request: Request) -> Outcome:
     return Outcome("guidance", grid, len(WEIGHTS), rows, lines, summary)
 
 
-def class_examples(request: Request, classes: range) -> dict[int, Example]:
+def some_classes(classes: int, most: int) -> list[int]:
+    """At most so many of the classes, spread evenly over them."""
+    number = min(classes, most)
+    return [i * classes // number for i in range(number)]
+
+
+def class_examples(request: Request, classes: Sequence[int]) -> dict[int, Example]:
     """A record of each class, from the split that is asked for; classes without one are missing."""
     found: dict[int, Example] = {}
     source = request.held_out.source
@@ -153,15 +162,15 @@ def class_examples(request: Request, classes: range) -> dict[int, Example]:
     return found
 
 
-def _shown(request: Request) -> list[tuple[Condition, str]]:
-    """Up to ``ROWS`` things to show and their names: prompts, texts or classes, or nothing."""
-    sampler = request.sampler
+def _shown(request: Request, most: int) -> list[tuple[Condition, str]]:
+    """At most so many things to show, and ``ROWS``, with their names: prompts, texts or classes."""
+    sampler, most = request.sampler, min(most, ROWS)
     if request.prompts:
-        return [(text, drawable(text, "?")) for text in request.prompts[:ROWS]]
+        return [(text, drawable(text, "?")) for text in request.prompts[:most]]
     if sampler.text_tokenizer is not None:
-        examples = pick_examples(request, ROWS)
+        examples = pick_examples(request, most)
         return [(cut_caption(sampler, example.text), example.shown) for example in examples]
-    classes = range(min(ROWS, sampler.model.config.num_classes))
+    classes = some_classes(sampler.model.config.num_classes, most)
     examples = class_examples(request, classes)
     name = lambda label: examples[label].shown if label in examples else f"class {label}"
     return [(label, name(label)) for label in classes]

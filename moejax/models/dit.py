@@ -119,10 +119,10 @@ class DiT(PatchModel):
     def _of_texts(self, batch: dict, given: dict) -> tuple[jax.Array, jax.Array, dict]:
         """([b, d], which say nothing [b], aux): the mean of a text's tokens, as wide as patches."""
         cfg, wide = self.config, param_dtype(self.config)
-        text_bd, aux = TextTower(cfg.text_tower, name="text")(batch, **given)
-        weight = partitioned(fan_in_normal((0,)), axes.EMBED, None)
-        text_df = self.param("text_df", weight, (text_bd.shape[-1], cfg.d_model), wide)
-        text_bd = jnp.einsum("bd,df->bf", text_bd.astype(wide), text_df)
+        text_bz, aux = TextTower(cfg.text_tower, name="text")(batch, **given)
+        drawn = partitioned(fan_in_normal((0,)), axes.EMBED, None)
+        weight_zd = self.param("text_df", drawn, (text_bz.shape[-1], cfg.d_model), wide)
+        text_bd = jnp.einsum("bz,zd->bd", text_bz.astype(wide), weight_zd)
         none_b = (batch["tokens"] == PAD).all(axis=1)
         return jnp.where(none_b[:, None], self._table("no_text_td", 1), text_bd), none_b, aux
 

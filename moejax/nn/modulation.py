@@ -37,7 +37,7 @@ class NoiseEmbedding(nn.Module):
         wo_bias_d = self.param("wo_bias_d", partitioned(zeros, None), (d,), dtype)
         features_bf = timestep_embedding(times_b, TIME_FEATURES).astype(dtype)
         hidden_bd = nn.silu(jnp.einsum("bf,fd->bd", features_bf, wi_fd) + wi_bias_d[None])
-        return jnp.einsum("bd,df->bf", hidden_bd, wo_dd) + wo_bias_d[None]
+        return jnp.einsum("bz,zd->bd", hidden_bd, wo_dd) + wo_bias_d[None]
 
 
 class Modulation(nn.Module):

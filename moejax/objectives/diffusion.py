@@ -33,6 +33,7 @@ def noisy_batch(
     eps: Float[Array, "b h w z"],
     times: Float[Array, " b"],
     dropped: Bool[Array, " b"] | None = None,
+    dropped_texts: Bool[Array, " b"] | None = None,
 ) -> dict:
     """The batch that the model sees.
 
@@ -44,7 +45,8 @@ def noisy_batch(
       x0: the data.
       eps: standard normal noise.
       times: of moejax.ops.diffusion.
-      dropped: rows that lose their label and their text.
+      dropped: rows that lose their label.
+      dropped_texts: rows that lose their text; by default the same.
 
     Returns:
       ``batch`` without its pictures, with ``x_t`` [b, h, w, z] and ``times`` [b] as the network
@@ -58,6 +60,7 @@ def noisy_batch(
     labels = jnp.asarray(batch["labels"] if num_classes else jnp.zeros(b), jnp.int32)
     kept["labels"] = jnp.where(dropped | (labels < 0), num_classes, labels)
     if "tokens" in batch:
+        dropped = dropped if dropped_texts is None else dropped_texts
         kept["tokens"] = jnp.where(dropped[:, None], PAD, batch["tokens"])
     return {**kept, "x_t": x_t, "times": told}
 
@@ -93,13 +96,18 @@ def diffusion_objective(config: DiffusionConfig, model):
         times = quantile_times(config, share)
         eps = jax.random.normal(noise_rng, x0.shape, x0.dtype)
         dropped = jax.random.bernoulli(label_rng, config.label_dropout, (b,))
+        # Of label and text one alone is learned too: samplers give one.
+        text_rng = jax.random.fold_in(label_rng, 1) if num_classes else label_rng
+        dropped_texts = jax.random.bernoulli(text_rng, config.label_dropout, (b,))
         quarter = jnp.minimum(jnp.int32(share * QUARTERS), QUARTERS - 1)
         own = {"data": x0, "noise": eps, "noise_times": times, "quarter": quarter}
-        return {**noisy_batch(batch, config, num_classes, x0, eps, times, dropped), **own}
+        noisy = noisy_batch(batch, config, num_classes, x0, eps, times, dropped, dropped_texts)
+        return {**noisy, **own}
 
     def loss(outputs, batch: dict, rng=None) -> LossSums:
         del rng
-        prediction = outputs.prediction.astype(batch["data"].dtype)
+        wide = jnp.promote_types(outputs.prediction.dtype, batch["data"].dtype)
+        prediction = outputs.prediction.astype(wide)
         parts = (batch["data"], batch["noise"], batch["noise_times"])
         found = diffusion.losses(config, prediction, *parts)
         error = found.pop("error")

@@ -133,7 +133,7 @@ def sample(
     steps = len(times) - 1
     if found.random and key_b is None:
         raise ValueError(f"sampler {sampler!r} draws noise: give a key for each row")
-    if steps < 1 or np.any(np.diff(times) >= 0) or times[-1] < 0:
+    if steps < 1 or not np.all(np.diff(times) < 0) or times[-1] < 0:
         raise ValueError(f"a grid of times falls and ends at 0 or above, not {times}")
     if keep and not 0 <= min(keep) <= max(keep) < steps:
         raise ValueError(f"keep={keep}: there are steps 0 to {steps - 1}")
@@ -211,7 +211,7 @@ def guided(
     weight: float | Array,
     *,
     channels: int | None = None,
-    interval: tuple[float, float] | None = None,
+    interval: tuple[Any, Any] | None = None,
 ) -> Network:
     """The network with guidance: both branches in one call, of twice the rows.
 
@@ -225,8 +225,9 @@ def guided(
       weight: w of :func:`guide`.
       channels: how many are guided; by default those of the data. DiT's published samples guide
         the first three of four (its README).
-      interval: the lowest and the highest number that tells the time at which guidance works
-        (arXiv 2404.07724); elsewhere w is 1.
+      interval: the lowest and the highest number that tells the time
+        (:func:`~moejax.ops.diffusion.network_input`) at which guidance works (arXiv 2404.07724);
+        elsewhere w is 1.
     """
     if isinstance(weight, (int, float)) and weight == 1:
         return lambda x, time_b: network(x, time_b, condition)

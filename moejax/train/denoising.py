@@ -10,8 +10,8 @@ Of objective "transfusion":
 Of objective "diffusion":
 
 * ``image/loss``: the mean squared error of the prediction per number, at times distributed as in
-  training. Each picture is looked at with its label, once in each quarter of these times, at a time
-  and with noise that depend on its number alone;
+  training. Each picture is looked at with its label and its text, once in each quarter of these
+  times, at a time and with noise that depend on its number alone;
 * ``image/loss_quarter_1`` to ``_4``: the mean over each quarter, of the least noise first;
 * ``image/bound``: bits per number and step of the variational bound, where the range is learned.
 """
@@ -22,8 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
-from moejax.config.diffusion import Diffusion
+from moejax.config.diffusion import Diffusion, DiffusionConfig
 from moejax.config.schema import Config
 from moejax.errors import UserError
 from moejax.objectives.diffusion import QUARTERS, clean_pictures, noisy_batch
@@ -81,7 +82,7 @@ def _score(model, objective, process: Diffusion, params: Any, batch: dict, key: 
     return (error * weights).sum(), (gaussian * weights).sum(), weights.sum()
 
 
-def gaussian_loss(process: Diffusion, times: jax.Array) -> jax.Array:
+def gaussian_loss(process: Diffusion, times: Float[Array, "..."]) -> Float[Array, "..."]:
     """The least mean squared error of a linear guess of the target from ``x_t``, for x0 ~ N(0, 1).
 
     ``x_t = a x0 + b eps`` and the target ``c x0 + e eps`` have covariance ``ac + be``; what that
@@ -118,7 +119,9 @@ def _pictures(context: EvalContext) -> dict[str, float]:
     return values
 
 
-def noisy_pictures(config, num_classes: int, batch: dict, part, parts: int):
+def noisy_pictures(
+    config: DiffusionConfig, num_classes: int, batch: dict, part: int | Int[Array, ""], parts: int
+) -> tuple[dict, Float[Array, "b h w z"], Float[Array, "b h w z"], Float[Array, " b"]]:
     """Each picture once in one of ``parts`` equal parts of the times that training draws.
 
     The time within the part and the noise depend on the picture's number alone.

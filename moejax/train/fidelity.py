@@ -33,9 +33,11 @@ from moejax.train.evaluate import EVALUATORS, EvalContext, EvalResult, eval_plan
 
 NAME = "fidelity"
 SHOWN = 16
+FILLER = -2
 
 # draw(params, labels [b] int32, rng) -> pictures [b, h, w, 3] uint8, where b is data.batch_size and
-# -1 stands for no class. Called inside of jax.set_mesh; the same arguments give the same pictures.
+# -1 stands for no class. The last rows may be labelled FILLER: they fill up the batch, and need no
+# pictures. Called inside of jax.set_mesh; the same arguments give the same pictures.
 Draw = Callable[[Any, np.ndarray, jax.Array], Any]
 # model.name -> function(EvalContext) -> Draw
 DRAWERS: Registry[Callable[[EvalContext], Draw]] = Registry("way to draw pictures with model")
@@ -43,7 +45,10 @@ DRAWERS: Registry[Callable[[EvalContext], Draw]] = Registry("way to draw picture
 
 @DRAWERS.register("dit")
 def draw_denoised(context: EvalContext) -> Draw:
-    """By the sampler, steps and guidance of ``eval.fidelity``; a label for each row."""
+    """By the sampler, steps and guidance of ``eval.fidelity``; a class that the model has for each.
+
+    Of other labels, and so by models without classes, pictures are drawn with nothing said.
+    """
     from moejax.generate.denoiser import Drawing, check_drawing, denoiser_of, draw_pictures
 
     options = context.config.eval.fidelity
@@ -53,10 +58,13 @@ def draw_denoised(context: EvalContext) -> Draw:
 
     def draw(params: Any, labels: np.ndarray, rng: jax.Array) -> np.ndarray:
         own = dataclasses.replace(sampler, params=params, batch_size=len(labels))
-        conditions = [int(label) if label >= 0 else None for label in labels]
+        known = sampler.model.config.num_classes
+        conditions = [
+            int(label) if 0 <= label < known else None for label in labels if label != FILLER
+        ]
         # A seed of 32 bits: rows are numbered from 0 in each batch.
         seed = int(jax.random.bits(rng) >> 1)
-        return draw_pictures(own, conditions, seed=seed).pictures
+        return draw_pictures(own, conditions, seed=seed, fill=True).pictures
 
     return draw
 
@@ -144,7 +152,8 @@ def draw_samples(
     found = []
     starts = range(0, len(labels), batch_size)
     for start in track(starts, f"drawing, {batch_size} pictures at a time", len(starts)):
-        part = np.resize(labels[start : start + batch_size], batch_size)
+        part = labels[start : start + batch_size]
+        part = np.pad(part, (0, batch_size - len(part)), constant_values=FILLER)
         drawn = draw(params, part, jax.random.fold_in(rng, start // batch_size))
         found.append(np.asarray(drawn))
     return np.concatenate(found)[: len(labels)]

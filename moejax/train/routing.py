@@ -165,7 +165,7 @@ def recorded_batches(context: EvalContext):
     denoiser = isinstance(config.model, DiTConfig)
     noisy = (
         functools.partial(noisy_pictures, config.objective, config.model.num_classes)
-        if (denoiser)
+        if denoiser
         else None
     )
     forward = context.program("routing", functools.partial(_forward, context.model, noisy))

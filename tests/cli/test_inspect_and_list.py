@@ -35,6 +35,13 @@ def test_inspect_json(capsys):
     assert got["decode"]["flops"] == got["flops_per_token"]
 
 
+def test_inspect_of_a_diffusion_transformer(capsys):
+    """DiT-MoE's largest: 16.5B parameters, of which a patch meets 3.18B."""
+    got = json.loads(output(capsys, "inspect", "--config", "dit_moe:g_16e2a", "--json"))
+    assert got["total_params"] == 16_503_108_880
+    assert got["active_params"] == 3_180_950_800
+
+
 def test_inspect_table(capsys):
     text = output(capsys, "inspect", "--config", "mot", "--config.mesh.data=1")
     assert "3,408,640 total, 2,358,656 active for one token" in text

@@ -13,7 +13,7 @@ from moejax.config import freeze, load_config, load_config_dict
 from moejax.config.contrastive import TextSizes
 from moejax.config.depth import DepthConfig, RecursionConfig
 from moejax.config.dit import DiTConfig
-from moejax.config.moe import MoEConfig, RouterConfig, RouterLossConfig, ScoreConfig
+from moejax.config.moe import MoEConfig, RouterConfig, ScoreConfig
 from moejax.config.vision import ViTConfig
 from moejax.data.vocabulary import PAD
 from moejax.errors import UserError
@@ -112,6 +112,19 @@ def test_blocks_begin_as_the_identity(kind):
     np.testing.assert_array_equal(run(config, params=branches).prediction, before)
     gates = add_one(params, "stack", lambda path: "modulation" in path)
     assert np.abs(run(config, params=gates).prediction - before).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_what_goes_into_a_new_block_comes_out(kind):
+    config = make_config(block_pattern=(kind,), num_layers=1, **KINDS[kind])
+    block = make_block(config, kind, "block")
+    x_btd = jnp.asarray(np.random.default_rng(0).normal(size=(2, PATCHES, D)), jnp.float32)
+    ctx = context_of(config)
+    params = meta.unbox(jax.jit(block.init)(jax.random.key(0), x_btd, {}, {}, ctx))["params"]
+    apply = jax.jit(lambda params: block.apply({"params": params}, x_btd, {}, {}, ctx)[0])
+    np.testing.assert_array_equal(apply(params), x_btd)
+    gates = add_one({"block": params}, "block", lambda path: "modulation" in path)["block"]
+    assert np.abs(np.asarray(apply(gates) - x_btd)).max() > 1e-2
 
 
 def add_one(params: dict, name: str, which) -> dict:
@@ -242,11 +255,15 @@ def test_what_routers_see(which):
 
 
 def test_the_loss_of_even_routing_is_its_coefficient():
-    """DiT-MoE's alpha, for each layer: probabilities are 1 / E, whatever is chosen."""
+    """DiT-MoE's alpha, for each layer: probabilities are 1 / E, whatever is chosen.
+
+    Of a load that is spread too: tests/papers/test_dit.py.
+    """
     alpha = 0.01
-    losses = (RouterLossConfig("switch", alpha),)
-    moe = dataclasses.replace(EXPERTS, losses=losses)
-    config = make_config(block_pattern=("moe",), moe=moe)
+    sizes = {"image_size": SIDE, "patch_size": PATCH, "d_model": D, "num_heads": 2, "num_layers": 2}
+    changes = {f"model.{name}": value for name, value in sizes.items()}
+    changes |= {"model.moe.hidden": 24, "model.moe.shared_hidden": 8, "data.image_size": SIDE}
+    config = load_config("dit_moe", {**changes, "model.kernel_backend": "reference"}).model
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: 0 * leaf if "router_mde" in jax.tree_util.keystr(path) else leaf,
         made(config)[2],

@@ -67,7 +67,10 @@ def test_pictures_are_noised_at_a_time_of_their_own(batch):
 
 
 def test_labels_are_dropped_as_often_as_asked(batch):
-    """To the null class, and with them the text; without a label it is the null class always."""
+    """To the null class; without a label it is the null class always.
+
+    Texts as often, beside labels by draws of their own: what is said is both, either or nothing.
+    """
     many = {name: np.repeat(value, 40, axis=0) for name, value in batch.items() if name != "images"}
     count = len(many["labels"])
     many |= {
@@ -83,12 +86,18 @@ def test_labels_are_dropped_as_often_as_asked(batch):
     assert dropped.mean() == pytest.approx(0.2, abs=4 * np.sqrt(0.16 / count))
     np.testing.assert_array_equal(labels[10:][~dropped], many["labels"][10:][~dropped])
     tokens = np.asarray(prepared["tokens"])[10:]
-    assert (tokens[dropped] == PAD).all() and (tokens[~dropped] == 7).all()
+    silent = (tokens == PAD).all(axis=1)
+    assert (tokens[~silent] == 7).all()
+    assert silent.mean() == pytest.approx(0.2, abs=4 * np.sqrt(0.16 / count))
+    assert (silent & dropped).mean() == pytest.approx(0.04, abs=4 * np.sqrt(0.0384 / count))
     kept = make(label_dropout=0.0).prepare(many, jax.random.key(0))
     np.testing.assert_array_equal(kept["labels"][10:], many["labels"][10:])
     # A model without classes is told of none.
-    plain = diffusion_objective(DiffusionConfig(), ViTConfig())
-    assert not np.asarray(plain.prepare(many, jax.random.key(0))["labels"]).any()
+    plain = diffusion_objective(DiffusionConfig(label_dropout=0.2), ViTConfig())
+    alone = plain.prepare(many, jax.random.key(0))
+    assert not np.asarray(alone["labels"]).any()
+    # The draws of what is said alone are those of labels.
+    np.testing.assert_array_equal(np.asarray(alone["tokens"])[10:, 0] == PAD, dropped)
 
 
 def test_pictures_may_be_mirrored_and_latents_not(batch):

@@ -49,6 +49,33 @@ def test_a_point_mass_is_reached_in_one_step(name, sampler):
     np.testing.assert_allclose(found.final, np.tile(point, (4, 1)), atol=atol)
 
 
+# Euler's and Heun's steps are straight, and so are the paths of "flow" and "edm" alone.
+STRAIGHT = [name for name in EVERY if EVERY[name].process != "ddpm"]
+
+
+@pytest.mark.parametrize(
+    "name, sampler",
+    [
+        *((name, sampler) for name in EVERY for sampler in ("ddim", "dpmpp_2m")),
+        *((name, sampler) for name in STRAIGHT for sampler in ("euler", "heun")),
+    ],
+)
+def test_a_step_goes_along_the_path_of_a_point_mass(name, sampler):
+    """Half way the noise that it began with and the point are mixed as the process says."""
+    diffusion, noise = EVERY[name], row_noise(keys(4, seed=1), 0, (3,))
+    point = jnp.asarray([[0.8, -1.7, 0.3]])
+    top, middle = (2.0, 1.0) if name == "edm" else (0.9, 0.5)
+    network = network_of(diffusion, lambda x, a, b: point + 0 * x)
+    grid = jnp.float32([top, middle])
+    start = path(diffusion, grid[0], noise)
+    # What a sampler begins with is b times noise; beside the point that is this noise.
+    eps = noise - start.a / start.b * point
+    end = path(diffusion, grid[1], noise)
+    expected = end.a * point + end.b * eps
+    found = sample(diffusion, sampler, network, noise, np.asarray(grid)).final
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 WEIGHTS = jnp.asarray([0.5, 0.3, 0.2])
 MEANS = jnp.asarray([[1.5, 0.0], [-1.0, 1.2], [-0.6, -1.4]])
 STDS = jnp.asarray([0.15, 0.3, 0.2])
@@ -253,7 +280,7 @@ def test_what_cannot_be_sampled_is_refused():
     )
     with pytest.raises(ValueError, match="'sde' draws noise: give a key"):
         run("sde", [1, 0])
-    for grid in ([0, 1], [1, 1, 0], [1], [1, -1]):
+    for grid in ([0, 1], [1, 1, 0], [1], [1, -1], [1, math.nan, 0]):
         with pytest.raises(ValueError, match="a grid of times falls"):
             run("euler", grid)
     with pytest.raises(ValueError, match="there are steps 0 to 1"):

@@ -1,5 +1,7 @@
 """Diffusion transformers of the papers: DiT-MoE's experts, sizes, how it is upcycled."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,11 +10,15 @@ import pytest
 from moejax.analysis.params import param_table
 from moejax.api import build
 from moejax.config import load_config
+from moejax.objectives.base import LossSums, Objective
+from moejax.objectives.routing import with_routing
 from moejax.train.checkpoint import Checkpoints
 from moejax.train.setup import prepare_model
 from moejax.train.start import plan_start
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
+# Of what ``expert_layer`` gives to its experts.
+WIDTH = 16
 TINY = {
     "model.image_size": 8,
     "model.d_model": 16,
@@ -60,12 +66,35 @@ def test_clothes_are_not_mirrored(name):
         assert load_config(f"{name}:text").objective.augment.flip == "allowed"
 
 
+def test_the_loss_of_balance_is_its_coefficient_where_the_load_is_spread(expert_layer):
+    """0.01 of patches that choose each pair of neighbouring experts as often; more of one pair."""
+    layer = expert_layer("dit_moe")
+    experts, chosen = 8, 2
+    towards_eb = np.eye(experts, WIDTH, dtype=np.float32)
+    pairs = towards_eb + np.roll(towards_eb, 1, axis=0)
+    spread = np.tile(pairs, (3, 1)).reshape(2, 12, WIDTH)
+    router = {**layer.params["router"], "router_mde": jnp.asarray(5 * towards_eb.T[None])}
+    nothing = Objective(lambda outputs, batch, rng=None: LossSums({}, {}, ()))
+    found = []
+    for tokens in (spread, np.broadcast_to(pairs[0], spread.shape)):
+        _, aux = layer(jnp.asarray(tokens), params={**layer.params, "router": router})
+        one_layer = {"moe": {"router": jax.tree.map(lambda leaf: leaf[None], aux)}}
+        sums = with_routing(nothing, layer.config)(types.SimpleNamespace(aux=one_layer), {})
+        counts = np.bincount(np.ravel(aux["expert_ids"]), minlength=experts)
+        found.append((counts.tolist(), float(sums.total())))
+    assert found[0][0] == [spread.size // WIDTH * chosen // experts] * experts
+    assert found[0][1] == pytest.approx(0.01, rel=1e-5)
+    # All on two experts of eight: four times as much, but for what the others' scores are.
+    assert sorted(found[1][0])[:-2] == [0] * 6
+    assert found[1][1] == pytest.approx(0.04, rel=0.03)
+
+
 def test_dit_moe_g_has_16_5b_parameters_and_3_1b_active():
-    """The paper's numbers; and ours to the last parameter."""
+    """By our count 3.18B, of which the paper prints 3.1B; and ours to the last parameter."""
     config = load_config("dit_moe:g_16e2a")
     table, model = param_table(build(config)[0], config), config.model
     assert table.total == pytest.approx(16.5e9, rel=0.005)
-    assert table.active == pytest.approx(3.1e9, rel=0.03)
+    assert table.active == pytest.approx(3.18e9, rel=0.001)
     d, layers, experts, chosen = model.d_model, model.num_layers, 16, 2
     # Attention 4, the shared MLP 6, modulation 6, an expert 12 of them.
     blocks = lambda run: layers * d * (d * (12 * run + 16) + experts + 6)
