@@ -47,7 +47,6 @@ def get_config(arg=""):
         model.update(image_size=28, num_classes=10, num_layers=4, d_model=64, num_heads=2)
         model.ffn_hidden = (256,)
         # Not mirrored: all shoes point one way, and samples are compared with pictures as they are.
-        config.objective.augment.flip = "none"
         data.update(source="fashion_mnist:default", image_size=28, batch_size=64)
         config.optim.update(learning_rate=1e-3, warmup_steps=100, ema_decay=0.999)
         config.train.update(steps=12_000, checkpoint_every=2000)
@@ -73,7 +72,7 @@ def from_paper(config, width: int, layers: int, heads: int, patch: int) -> None:
     model = config.model
     model.update(image_size=32, in_channels=4, num_classes=1000, patch_size=patch)
     model.update(d_model=width, num_layers=layers, num_heads=heads, ffn_hidden=(4 * width,))
-    model.dtype, config.objective.augment.flip = "bfloat16", "none"
+    model.dtype = "bfloat16"
     config.data.update(image_size=256, batch_size=256, latents=True, image_tokenizer="builtin:kl")
     config.optim.update(learning_rate=1e-4, warmup_steps=0, clip_norm=0.0, ema_decay=0.9999)
     config.train.update(steps=400_000, checkpoint_every=5000)

@@ -296,7 +296,7 @@ def test_under_jit_and_in_the_latents_dtype(process):
         assert {value.dtype for value in run(*wide, t)} == {jnp.dtype("float64")}
 
 
-EDM = {"process": "edm", "times": EDM_TIMES}
+EDM_FIELDS = {"process": "edm", "times": EDM_TIMES}
 
 
 @pytest.mark.parametrize(
@@ -309,8 +309,8 @@ EDM = {"process": "edm", "times": EDM_TIMES}
         ({"process": "ddpm", "direction": "to_data"}, "objective.direction: is of process 'flow'"),
         ({"process": "edm"}, "objective.times.distribution: 'uniform' is none of log_normal"),
         ({"times": EDM_TIMES}, "objective.times.distribution: 'log_normal' is none of uniform"),
-        ({**EDM, "sigma_min": 90.0}, "objective.sigma_min: need 0 < sigma_min < sigma_max"),
-        ({**EDM, "sigma_data": 0.0}, "objective.sigma_data: must be positive, got 0.0"),
+        ({**EDM_FIELDS, "sigma_min": 90.0}, "objective.sigma_min: need 0 < sigma_min < sigma_max"),
+        ({**EDM_FIELDS, "sigma_data": 0.0}, "objective.sigma_data: must be positive, got 0.0"),
         ({"sigma_data": 1.0}, "objective.sigma_data: is of process 'edm'; leave it 0.5"),
         ({"sigma_min": 0.1}, "objective.sigma_min: is of process 'edm'; leave it 0.002"),
         ({"process": "ddpm", "sigma_max": 1.0}, "objective.sigma_max: is of process 'edm'"),
