@@ -156,6 +156,10 @@ class LIMoEConfig(PairConfig):
         """What the blocks run on: the tokens of a picture, then those of its text."""
         return super().num_tokens + self.text_length
 
+    @property
+    def first_patch(self) -> int:
+        return super().num_tokens - self.num_patches
+
 
 @OBJECTIVE_CONFIGS.register("contrastive")
 @dataclasses.dataclass(frozen=True)

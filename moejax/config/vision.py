@@ -68,6 +68,11 @@ class PatchesConfig(TrunkConfig):
         """What the blocks run on."""
         return self.num_patches
 
+    @property
+    def first_patch(self) -> int:
+        """Its place among these: behind the class token and registers."""
+        return self.num_tokens - self.num_patches
+
 
 @MODEL_CONFIGS.register("vit")
 @dataclasses.dataclass(frozen=True)

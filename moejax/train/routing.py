@@ -333,12 +333,12 @@ def _of_pictures(
     model: Any = context.config.model
     names = getattr(context.pipeline.source, "categories", ()) or range(model.num_classes)
     wide = lambda table: np.pad(table, [(0, 0), (0, widest - table.shape[1])])
-    first = model.num_tokens - model.num_patches
+    first = model.first_patch
     return {
         "classes": np.asarray([str(name) for name in names], "U32"),
         "by_class": np.stack([wide(c.by_label.table(len(names))) for c in counts.values()]),
         "by_patch": np.stack(
-            [wide(c.by_token.table(model.num_tokens)[first:]) for c in counts.values()]
+            [wide(c.by_token.table(first + model.num_patches)[first:]) for c in counts.values()]
         ),
         "class_entropy": np.asarray([c.by_label.entropies()[1] for c in counts.values()]),
         **(_of_times(context, counts, wide) if isinstance(model, DiTConfig) else {}),

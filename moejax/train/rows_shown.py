@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from moejax.config.schema import Config, PatchesConfig
+from moejax.config.contrastive import LIMoEConfig
+from moejax.config.schema import Config, DiTConfig, PatchesConfig
 from moejax.data.vocabulary import BOA, BOI, BOS, EOA, EOI, EOS, PAD
 from moejax.train.evaluate import EvalContext
 
@@ -20,27 +21,37 @@ def token_rows(model: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndar
 
     A token's id is its place in the row (class token, registers, patches row by row), as in
     moejax/models/vit.py; each has the label of its picture. All are of the first modality, but
-    those of pictures of which nothing is said where these are a second one (models/dit.py).
+    those of pictures of which nothing is said where these are a second one (models/dit.py), and the
+    words behind a picture (models/limoe.py), whose ids are above all places and have no label.
     """
     if not isinstance(model, PatchesConfig):
         return dict(batch)
-    ids = np.arange(model.num_tokens, dtype=np.int32)
+    ids = np.arange(model.first_patch + model.num_patches, dtype=np.int32)
     tokens = np.broadcast_to(ids, (len(batch["images"]), len(ids)))
     ones = np.ones_like(tokens)
-    return {
-        **batch,
+    rows = {
         "tokens": tokens,
         "modality": _said_nothing(model, batch)[:, None] * ones,
         "segments": ones,
-        "weights": np.asarray(batch["weights"])[:, None] * ones,
         "token_labels": np.asarray(batch["labels"])[:, None] * ones,
     }
+    if isinstance(model, LIMoEConfig):
+        words = np.asarray(batch["tokens"], np.int32)
+        of_words = {
+            "tokens": len(ids) + words,
+            "modality": np.full_like(words, model.modalities.index("text")),
+            "segments": (words != PAD).astype(np.int32),
+            "token_labels": np.full_like(words, -1),
+        }
+        rows = {name: np.concatenate([rows[name], of_words[name]], axis=1) for name in rows}
+    weights = np.asarray(batch["weights"])[:, None] * np.ones_like(rows["tokens"])
+    return {**batch, **rows, "weights": weights}
 
 
 def _said_nothing(model: Any, batch: Mapping[str, np.ndarray]) -> np.ndarray:
     """[b] int: 1 for pictures of the second modality, if there is one."""
     rows = len(batch["images"])
-    if len(model.modalities) == 1:
+    if not isinstance(model, DiTConfig) or len(model.modalities) == 1:
         return np.zeros(rows, np.int32)
     nothing = np.ones(rows, bool)
     if model.num_classes:
@@ -83,8 +94,7 @@ def pictures_of(context: EvalContext, batch: Mapping[str, np.ndarray]) -> tuple[
     model = context.config.model
     if isinstance(model, PatchesConfig):
         pictures = batch["images"][:PICTURES]
-        first = model.num_tokens - model.num_patches
-        places = [(row, first) for row in range(len(pictures))]
+        places = [(row, model.first_patch) for row in range(len(pictures))]
         return pictures, np.asarray(places, np.int32), np.asarray(model.grid, np.int32)
     vocabulary, tokens = context.pipeline.vocabulary, batch["tokens"]
     length = vocabulary.codes_per_image

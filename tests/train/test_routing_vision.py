@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import ImageColor
@@ -11,10 +12,13 @@ from PIL import ImageColor
 from moejax.analysis.heatmaps import NOTHING, expert_color
 from moejax.analysis.routing import NONE, entropy
 from moejax.analysis.routing_record import RoutingRecord
+from moejax.config import load_config
 from moejax.config.moe import MoEConfig, RouterConfig
 from moejax.config.schema import Config, DataConfig, EvalConfig
 from moejax.config.vision import ClassificationConfig, ViTConfig
+from moejax.data.pair_pipeline import PairPipeline
 from moejax.data.pipeline import ImagePipeline
+from moejax.data.vocabulary import PAD
 from moejax.errors import UserError
 from moejax.train import routing
 from moejax.train.evaluate import EvalContext, check_evaluators, eval_plans, run_evaluators
@@ -126,6 +130,81 @@ def test_counts_by_class_and_place():
     assert (np.sort(record.row_experts[0], axis=-1) == np.sort(ids[:4], axis=-1)).all()
     shares = record.class_share()
     np.testing.assert_allclose(shares[0], by_class / by_class.sum(axis=1, keepdims=True))
+
+
+class Pairs(Pictures):
+    """The same with texts of different length."""
+
+    def __init__(self, labels):
+        super().__init__(labels)
+        for number, record in enumerate(self):
+            record["text"] = "ape" * (1 + number % 3)
+
+    def text_at(self, index):
+        return self[index]["text"]
+
+
+def test_words_count_beside_patches_and_their_padding_does_not():
+    """LIMoE: a row is a picture, its registers first, and then a text; against what is recorded."""
+    fields = {
+        "model.image_size": 8,
+        "model.patch_size": 4,
+        "model.registers": EXTRA,
+        "model.vocab_size": 272,
+        "model.text_length": 12,
+        "model.d_model": 16,
+        "model.num_heads": 2,
+        "model.num_layers": 2,
+        "model.ffn_hidden": (24,),
+        "model.kernel_backend": "reference",
+        "model.moe.num_experts": EXPERTS,
+        "model.moe.hidden": 8,
+        "model.moe.capacity": "none",
+        "model.moe.losses": (),
+        "data.image_size": 8,
+        "data.batch_size": 4,
+        "data.sequence_length": 12,
+        "data.text_tokenizer": "bytes",
+        "eval.metrics": ("routing",),
+    }
+    config = load_config("limoe", fields)
+    labels = [0, 1, 2, 1, -1, 2, 0]
+    setup = prepare_model(config, jax.devices()[:1])
+    with jax.set_mesh(setup.mesh):
+        params = setup.recipe.create().params
+    pipeline = PairPipeline(config, Pairs(labels))
+    context = setup.eval_context(params, pipeline, pipeline)
+    result = run_evaluators(context, eval_plans(config.eval))
+    record = RoutingRecord(**result.arrays["val/routing"])
+
+    apply = jax.jit(functools.partial(context.model.apply, record=True))
+    used, by_patch, dealt = np.zeros((2, EXPERTS)), np.zeros((PATCHES, EXPERTS)), 0
+    by_class = np.zeros((CLASSES, EXPERTS))
+    for batch in pipeline.eval_batches(2):
+        with jax.set_mesh(context.mesh):
+            aux = apply({"params": params}, jax.tree.map(jnp.asarray, batch)).aux
+        ids = np.asarray(aux["segment_0"]["block_1"]["moe"]["router"]["expert_ids"][0])[..., 0]
+        words = EXTRA + PATCHES
+        for row in np.flatnonzero(batch["weights"]):
+            np.add.at(used[0], ids[row, :words], 1)
+            np.add.at(used[1], ids[row, words:][batch["tokens"][row] != PAD], 1)
+            by_patch[np.arange(PATCHES), ids[row, EXTRA:words]] += 1
+            if batch["labels"][row] >= 0:
+                np.add.at(by_class[batch["labels"][row]], ids[row, :words], 1)
+            dealt += 1
+    assert dealt == len(labels)
+    assert record.modalities.tolist() == ["image", "text"]
+    assert record.chosen[0].tolist() == used.tolist()
+    # As the model counts for its losses and logs.
+    assert record.tokens.tolist() == used.sum(axis=1).tolist()
+    assert record.by_patch[0].tolist() == by_patch.tolist()
+    assert record.by_class[0].tolist() == by_class.tolist()
+    assert record.places.tolist() == [[row, EXTRA] for row in range(4)]
+    # Bytes of "ape" once, twice, three times and once, between two marks.
+    assert record.row_valid[:, words:].sum(axis=1).tolist() == [5, 8, 11, 5]
+    for name, counts in zip(("image", "text"), used, strict=True):
+        expected = np.exp(entropy(counts))
+        assert result.values[f"routing/{name}/experts_used"] == pytest.approx(expected)
 
 
 def test_routing_by_place_alone_has_no_entropy_given_the_place():
