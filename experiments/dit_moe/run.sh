@@ -14,7 +14,7 @@ FRAME=(--schedule wsd --evaluations 8 --rates 1e-3,2e-3,4e-3 --config.eval.batch
 if [ "$SIZE" = cpu ]; then
   BUDGET="${DIT_BUDGET:-flops=1.6e13}"
   WIDTH=64
-  FRAME+=(--config.eval.fidelity.pictures=2000 --config.eval.fidelity.steps=25)
+  FRAME+=(--config.eval.fidelity.pictures="${PICTURES:-2000}" --config.eval.fidelity.steps=25)
 else
   BUDGET="${DIT_BUDGET:-flops=1.5e15}"
   # Four times as wide and twice as deep.
