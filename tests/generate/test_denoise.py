@@ -17,6 +17,7 @@ from moejax.generate.denoise import Denoising, check_denoising, denoise_pictures
 from moejax.generate.generate import decode, pad_prompts, place_latents, prefill
 from moejax.generate.sampling import Sampling
 from moejax.models.decoder import build_decoder
+from tests.papers.latent_rows import full_batch
 
 PATCHES, SIZE = 4, 3
 VOCABULARY = Vocabulary(text_size=20, image_codes=0, codes_per_image=PATCHES)
@@ -55,23 +56,6 @@ def tiny(adapter: str):
     keys = iter(jax.random.split(jax.random.key(1), 100))
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params)
     return model, params
-
-
-def full_batch(rows, latents, times=0.0) -> dict:
-    """Whole sequences without a cache; the last picture of each row at ``times``."""
-    tokens, lengths = pad_prompts(rows)
-    index = np.arange(tokens.shape[1])
-    image_id = np.where(tokens == PATCH, np.cumsum(tokens == BOI, axis=1), 0)
-    is_last = (image_id == image_id.max(axis=1, keepdims=True)) & (image_id > 0)
-    return {
-        "tokens": tokens,
-        "modality": (tokens == PATCH).astype(np.int32),
-        "segments": (index < lengths[:, None]).astype(np.int32),
-        "positions": np.tile(index, (len(rows), 1)).astype(np.int32),
-        "image_id": image_id.astype(np.int32),
-        "latents": place_latents(tokens, latents, SIZE),
-        "times": np.where(is_last, times, 0).astype(np.float32),
-    }
 
 
 @pytest.mark.parametrize("adapter", ["linear", pytest.param("unet", marks=pytest.mark.slow)])

@@ -8,6 +8,7 @@ from moejax.analysis.params import abstract_params
 from moejax.api import build
 from moejax.config import load_config
 from moejax.data.vocabulary import BOI, BOS, EOI, EOS, PATCH
+from moejax.generate.generate import pad_prompts, place_latents
 
 PATCHES, SIZE = 4, 3
 # BOS text text BOI 4 patches EOI text EOS | BOS BOI 4 patches EOI text EOS, and padding.
@@ -75,3 +76,20 @@ class TinyPictures:
         chosen = (np.isin(np.arange(len(ROW)), of) for of in (text, pictures))
         leaves = jax.tree_util.tree_leaves_with_path(self._gradient(self.params, batch, *chosen))
         return {"/".join(k.key for k in path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def full_batch(rows: list, latents: list, time: float = 0.0) -> dict:
+    """Whole sequences without a cache, the last picture of each at ``time``."""
+    tokens, lengths = pad_prompts(rows)
+    index = np.arange(tokens.shape[1])
+    image_id = np.where(tokens == PATCH, np.cumsum(tokens == BOI, axis=1), 0)
+    is_last = (image_id == image_id.max(axis=1, keepdims=True)) & (image_id > 0)
+    return {
+        "tokens": tokens,
+        "modality": (tokens == PATCH).astype(np.int32),
+        "segments": (index < lengths[:, None]).astype(np.int32),
+        "positions": np.tile(index, (len(rows), 1)).astype(np.int32),
+        "image_id": image_id.astype(np.int32),
+        "latents": place_latents(tokens, latents, latents[0].shape[-1]),
+        "times": np.where(is_last, time, 0).astype(np.float32),
+    }

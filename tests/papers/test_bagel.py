@@ -28,6 +28,7 @@ from .latent_rows import (
     PATCHES,
     SIZE,
     TinyPictures,
+    full_batch,
     make_batch,
 )
 
@@ -187,20 +188,3 @@ def test_reading_and_drawing_with_a_cache_are_the_full_forward(bagel):
         logits, cache = decode(
             bagel.model, bagel.params, vocabulary, cache, token_b, jnp.ones(2, bool)
         )
-
-
-def full_batch(rows: list, latents: list, time: float) -> dict:
-    """Whole sequences without a cache, the last picture of each at ``time``."""
-    tokens, lengths = pad_prompts(rows)
-    index = np.arange(tokens.shape[1])
-    image_id = np.where(tokens == PATCH, np.cumsum(tokens == BOI, axis=1), 0)
-    is_last = (image_id == image_id.max(axis=1, keepdims=True)) & (image_id > 0)
-    return {
-        "tokens": tokens,
-        "modality": (tokens == PATCH).astype(np.int32),
-        "segments": (index < lengths[:, None]).astype(np.int32),
-        "positions": np.tile(index, (len(rows), 1)).astype(np.int32),
-        "image_id": image_id.astype(np.int32),
-        "latents": place_latents(tokens, latents, SIZE),
-        "times": np.where(is_last, time, 0).astype(np.float32),
-    }
