@@ -152,6 +152,11 @@ class LIMoEConfig(PairConfig):
         )
 
     @property
+    def loss_modalities(self) -> tuple[str, ...]:
+        """A pair has one loss, that of its picture."""
+        return ("image",)
+
+    @property
     def num_tokens(self) -> int:
         """What the blocks run on: the tokens of a picture, then those of its text."""
         return super().num_tokens + self.text_length

@@ -81,6 +81,11 @@ class DiTConfig(PatchesConfig):
         return self.in_channels * (2 if self.learned_range else 1)
 
     @property
+    def loss_modalities(self) -> tuple[str, ...]:
+        """Pictures of which nothing is said have no loss of their own."""
+        return self.modalities[:1]
+
+    @property
     def text_tower(self) -> TextTowerConfig:
         """The tower of texts as a trunk of its own."""
         return tower_of_texts(self, "mean")

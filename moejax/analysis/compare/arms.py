@@ -94,6 +94,12 @@ def at_width(model: DecoderConfig, width: int, flag: str) -> tuple[str, ...]:
     return tuple(f"{name}={flag_text(value)}" for name, value in changes.items())
 
 
+def compared(model: Any) -> tuple[str, ...]:
+    """The modalities of a model that have a held-out loss, ``NAME/loss``; () for none."""
+    modalities = getattr(model, "modalities", ())
+    return getattr(model, "loss_modalities", modalities)
+
+
 def folder_name(arm: str) -> str:
     return re.sub(r"[^A-Za-z0-9._+-]+", "_", arm)
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from moejax.analysis.compare.arms import ArmSpec, Budget, folder_name
+from moejax.analysis.compare.arms import ArmSpec, Budget, compared, folder_name
 from moejax.config import Config
 from moejax.config.load import flag_text
 from moejax.errors import UserError, did_you_mean
@@ -65,7 +65,7 @@ def check_configs(
             f"before the decay; at most {_LONGEST_DECAY:g} with --schedule wsd"
         )
     for arm, config in zip(specs, configs, strict=True):
-        if not getattr(config.model, "modalities", ()):
+        if not compared(config.model):
             raise UserError(
                 f"--configs {arm.spec}: compares models of modalities, not a {config.model.name}"
             )
@@ -73,7 +73,7 @@ def check_configs(
         measured = measured_names(config)
         if measured is None:
             continue
-        losses = [f"{name}/loss" for name in config.model.modalities]
+        losses = [f"{name}/loss" for name in compared(config.model)]
         if missing := [name for name in losses if name not in measured]:
             raise UserError(
                 f"eval.metrics: no evaluator of {arm.name} gives {' or '.join(missing)}; use "
@@ -114,10 +114,10 @@ def measured_names(config: Config) -> set[str] | None:
 
 def check_alike(baseline: str, first: Config, arm: str, other: Config) -> None:
     """UserError unless both see the same batches and their losses are of the same kind."""
-    if first.model.modalities != other.model.modalities:
+    if compared(first.model) != compared(other.model):
         raise UserError(
-            f"--configs: {baseline} has model.modalities={first.model.modalities}, {arm} "
-            f"{other.model.modalities}; their losses are not of the same tokens"
+            f"--configs: {baseline} has losses of {compared(first.model)}, {arm} of "
+            f"{compared(other.model)}; their losses are not of the same tokens"
         )
     a, b = _comparable(first), _comparable(other)
     for name in sorted(a.keys() | b.keys()):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.analysis.compare.arms import ArmSpec, Budget, folder_name, widened
+from moejax.analysis.compare.arms import ArmSpec, Budget, compared, folder_name, widened
 from moejax.analysis.compare.checks import (
     check_configs,
     check_flops,
@@ -129,7 +129,8 @@ class Plan:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        return self.arms[0].config.model.modalities
+        """Those whose losses are compared."""
+        return compared(self.arms[0].config.model)
 
     @property
     def swept(self) -> bool:

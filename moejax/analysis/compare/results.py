@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moejax.analysis.compare.arms import compared
 from moejax.analysis.compare.matching import (
     Curve,
     Interval,
@@ -65,7 +66,7 @@ class Evaluations:
 def read_evaluations(folder: Path, config: Config) -> Evaluations | None:
     """None where nothing was evaluated (a run that failed early)."""
     rows = read_rows(folder / "metrics.jsonl")
-    keys = {name: f"eval/{name}/loss" for name in config.model.modalities}
+    keys = {name: f"eval/{name}/loss" for name in compared(config.model)}
     # What is not finite is in no row.
     evaluated = [row for row in rows if any(key in row for key in keys.values())]
     if not evaluated:

@@ -149,6 +149,17 @@ def test_of_vision_models_pictures_are_counted():
     assert got.modalities == ("image",) and got.document()["also"] == ["image/accuracy"]
 
 
+FLOW = "objective.direction=to_noise,objective.times.distribution=logit_normal"
+
+
+@pytest.mark.parametrize("arms", [[f"a=sit,{FLOW}", "b=promoe"], ["a=clip", "b=limoe"]])
+def test_modalities_without_a_loss_of_their_own_are_not_compared(arms):
+    """Pictures of which nothing is said, and the texts of pairs."""
+    got = make_plan(arms_of("", arms), parse_budget("steps=20"))
+    assert got.modalities == ("image",)
+    assert [len(arm.config.model.modalities) for arm in got.arms] == [1, 2]
+
+
 def test_a_budget_that_whole_steps_miss_is_refused():
     """9.4 steps: neither 9 nor 10 are within 2%; nor may two arms miss it to both sides."""
     one = plan("quickstart:dense,quickstart", "flops=2e10").arms[0].flops_per_step
