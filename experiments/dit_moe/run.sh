@@ -8,11 +8,11 @@ METRICS=fd_efflite0,floor_fd_efflite0,kid_efflite0,precision,recall,density,cove
 METRICS+=,nearer_to_train,memorised,class_accuracy,real_class_accuracy
 ALSO="test/fidelity/${METRICS//,/,test/fidelity/}"
 DATA=()
-FRAME=(--schedule wsd --evaluations 8 --rates 1e-3,2e-3,4e-3 --config.eval.batches=40
+FRAME=(--schedule wsd --evaluations 8 --rates 2e-3,4e-3,8e-3 --config.eval.batches=40
   --config.eval.metrics="('denoising', 'fidelity@test/0')" --also "$ALSO"
   --config.eval.fidelity.classifier="$JUDGE")
 if [ "$SIZE" = cpu ]; then
-  BUDGET="${DIT_BUDGET:-flops=1.6e13}"
+  BUDGET="${DIT_BUDGET:-flops=8e12}"
   WIDTH=64
   FRAME+=(--config.eval.fidelity.pictures="${PICTURES:-2000}" --config.eval.fidelity.steps=25)
 else
