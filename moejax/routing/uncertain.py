@@ -40,8 +40,8 @@ def uncertain(
     """``mean_m l_m / (1 + var_m l_m)`` over ``passes`` of ``l_m = drop(x) W`` in training.
 
     The uncertainty-aware router of MoFME (arXiv 2312.16610), in the plainest form that is one: a
-    logit shrinks to 0 where dropout moves it. The authors' code whitens the weights of the passes
-    and normalises them, which leaves the mean of centred values; there, as here, evaluation takes
+    logit shrinks to 0 where dropout moves it. The authors' code averages whitened, centred weights
+    of passes that are all alike (docs/decisions.md); there, as here, evaluation takes
     the plain logits ``x W``. One pass, or no dropout, is the plain router always. ``var`` is over
     the passes, without Bessel's correction.
     """
