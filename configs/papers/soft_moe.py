@@ -10,8 +10,8 @@ One slot for each expert (in ``small`` three: 48 for 49 patches); scores are
 cosines with a learned scale; the second half of the blocks has experts; each picture is routed by
 itself. The sizes are those of the authors' code. Departures: no biases in the blocks; JFT-4B is not
 to be had, so that the paper's sizes are for inspection; the schedule is an inverse square root
-there and a constant with a decay at the end here, and the scale is decayed there like the other
-weights. As every patch meets all experts, all parameters are active.
+there and a constant with a decay at the end here, and the router (prototypes and scale) is decayed
+there like the other weights. As every patch meets all experts, all parameters are active.
 The dense baseline is ``vit``. Device, minutes, expected accuracy: not measured.
 """
 

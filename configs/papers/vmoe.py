@@ -74,7 +74,12 @@ def from_paper(config, arg: str) -> None:
     config.objective.augment.crop_padding = 0
     config.optim.update(learning_rate=rate, schedule="linear", warmup_steps=10_000, b2=0.999)
     config.optim.update(final_fraction=1e-5 / rate, weight_decay=0.1)
-    config.about.approximate = ("data.source", "model.positions", "optim.eps", "train.steps")
+    # All kernels are decayed, also the router's; gradients are clipped for the largest alone.
+    config.optim.no_decay = ("norm", "bias", "scale")
+    config.optim.clip_norm = 10.0 if arg in ("h14", "15b") else 0.0
+    unsaid = ("model.positions", "optim.eps", "optim.no_decay", "train.steps")
+    config.about.approximate = ("data.source", *unsaid)
     inferred = ("block_pattern", "moe.num_experts") if arg not in ("s32", "b16") else ()
     inferred += ("num_layers", "d_model", "ffn_hidden") if arg == "15b" else ()
     config.about.approximate += tuple(f"model.{name}" for name in inferred)
+    config.about.approximate += ("optim.clip_norm",) if arg == "15b" else ()

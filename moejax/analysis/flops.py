@@ -266,7 +266,8 @@ def _pooling(model: Any, length: int, places: int = 1) -> TokenFlops:
 def _of_batch(model: Any, rows: int) -> Any:
     """With as many rows whose tokens compete, or are routed together, as a microbatch has."""
     depth = dataclasses.replace(model.depth, group=together(model.depth, rows))
-    moe = dataclasses.replace(model.moe, routing_group=model.moe.routing_group or rows)
+    group = min(model.moe.routing_group or rows, rows)
+    moe = dataclasses.replace(model.moe, routing_group=group)
     return dataclasses.replace(model, depth=depth, moe=moe)
 
 

@@ -89,7 +89,8 @@ class MoEConfig:
     # The last so many experts have no score: those of modalities that may choose nothing else
     # (``allowed``), whose tokens go there with weight 1.
     unscored_experts: int = 0
-    # Sequences that are routed together, where a router compares tokens; 0: the whole (micro)batch.
+    # Sequences that are routed together, where a router compares tokens; all of them where a
+    # (micro)batch has fewer, or with 0.
     routing_group: int = 1
     # Who is dropped where more tokens choose an expert than it has places: "none", the last
     # ("order"), the tokens or the choices of the lowest weight ("priority", "weight"), or those who

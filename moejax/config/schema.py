@@ -350,7 +350,7 @@ class Config:
         if moe is not None and moe.num_experts and moe.routing_group:
             rows = self.data.batch_size // self.optim.accumulation_steps
             require(
-                rows % moe.routing_group == 0,
+                rows % moe.routing_group == 0 or rows < moe.routing_group,
                 "model.moe.routing_group",
                 f"{moe.routing_group} does not divide the {rows} rows of a microbatch "
                 "(0 takes all of them)",

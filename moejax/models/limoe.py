@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from moejax.config.checks import require
 from moejax.config.contrastive import LIMoEConfig
 from moejax.data.vocabulary import PAD
 from moejax.models.registry import MODELS
@@ -20,6 +21,7 @@ from moejax.nn.layers import Norm, param_dtype
 from moejax.nn.pooling import MapHead
 from moejax.nn.stack import Stack
 from moejax.parallel.local import constrain_tokens
+from moejax.routing import ROUTERS
 
 IMAGE, TEXT = range(2)
 
@@ -83,4 +85,9 @@ class LIMoE(ViT):
 @MODELS.register("limoe")
 def build_limoe(config: LIMoEConfig) -> LIMoE:
     check_blocks(config)
+    require(
+        ROUTERS.get(config.moe.router.name).slots is None,
+        "model.moe.router.name",
+        f"{config.moe.router.name!r} mixes pictures into their own texts, which are to be found",
+    )
     return LIMoE(config)

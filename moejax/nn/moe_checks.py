@@ -60,6 +60,12 @@ def check_moe(config: TrunkConfig) -> None:
         "model.moe.kind",
         f"experts of kind {moe.kind!r} have no slots; router {moe.router.name!r} needs 'mlp'",
     )
+    for field, none in (("capacity", "none"), ("losses", ())):
+        require(
+            own_router.slots is None or getattr(moe, field) == none,
+            f"model.moe.{field}",
+            f"router {moe.router.name!r} mixes tokens, and none is chosen or dropped; use {none}",
+        )
     require(
         moe.balance.name == "none" or own_router.biased,
         "model.moe.balance.name",

@@ -190,6 +190,9 @@ def test_scale_and_bias():
 def test_mistakes():
     with pytest.raises(UserError, match="model.positions: 'rope'"):
         dataclasses.replace(ONE_TOWER, positions="rope")
+    with pytest.raises(UserError, match="model.moe.router.name: 'soft' mixes pictures into their"):
+        soft = dataclasses.replace(EXPERTS, router=RouterConfig("soft"), capacity="none")
+        build_limoe(dataclasses.replace(ONE_TOWER, moe=soft))
     with pytest.raises(UserError, match="model.modalities: are 'image' and 'text'"):
         dataclasses.replace(ONE_TOWER, modalities=("image",))
     with pytest.raises(UserError, match="model.text.num_heads: 3 does not divide model.text.d_"):

@@ -10,7 +10,7 @@ import pytest
 from flax.core import meta
 
 from moejax.config.decoder import DecoderConfig
-from moejax.config.moe import MoEConfig, RouterConfig, ScoreConfig
+from moejax.config.moe import MoEConfig, RouterConfig, RouterLossConfig, ScoreConfig
 from moejax.config.options import Options
 from moejax.config.trunk import UntieConfig
 from moejax.config.vision import HEADS, POSITIONS, ViTConfig
@@ -168,6 +168,16 @@ def test_every_router_at_batch_size_one(name, options):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(by_leaf))
     experts = by_leaf["stack"]["segment_0"]["block_0"]["moe"]["experts"]
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(experts))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"capacity": "order"}, {"losses": (RouterLossConfig("switch"),)}]
+)
+def test_soft_routing_has_nothing_to_drop_or_to_balance(fields):
+    moe = dataclasses.replace(with_router("soft"), **fields)
+    (name,) = fields
+    with pytest.raises(UserError, match=f"model.moe.{name}: router 'soft' mixes tokens"):
+        build_vit(make_config(block_pattern=("moe",), moe=moe))
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])

@@ -360,6 +360,7 @@ def test_what_cannot_be_is_refused_by_field(changes, message):
 def test_a_routing_group_has_to_divide_the_rows_of_a_microbatch():
     with pytest.raises(UserError, match="model.moe.routing_group: 3 does not divide the 8 rows"):
         Config(model=decoder(moe_config(routing_group=3)))
+    Config(model=decoder(moe_config(routing_group=16)))
 
 
 def test_blocks_with_experts_need_experts():

@@ -12,6 +12,7 @@ from flax.core import meta
 from moejax.analysis.flops import counted_flops, flops_per_token, token_flops
 from moejax.config import load_config
 from moejax.models.vit import build_vit
+from moejax.objectives.classification import classification
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 NAMES = (
@@ -100,6 +101,36 @@ def test_each_is_another_router():
         assert np.abs(features(model, without) - outputs[name]).max() > 1e-3
     for a, b in itertools.combinations(NAMES, 2):
         assert np.abs(outputs[a] - outputs[b]).max() > 1e-4, (a, b)
+
+
+SPARSE = ("vmoe", "soft_moe", "ewa", "pmoe", "mofme")
+
+
+@pytest.mark.parametrize("spec", [*SPARSE, *(f"vision_routers:{name}" for name in NAMES)])
+def test_one_picture_at_a_time_trains(spec):
+    """With the capacity, the noise, the groups and the losses of the config."""
+    config = load_config(spec, {**TINY, "model.num_layers": 4, "data.batch_size": 1})
+    model, params = drawn(config.model)
+    objective = classification(config.objective, config.model)
+    images = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), np.uint8)
+    batch = {"images": images, "labels": np.asarray([3]), "weights": np.ones(1, np.float32)}
+
+    @jax.jit
+    @jax.value_and_grad
+    def value_and_gradient(params):
+        rngs = {"dropout": jax.random.key(0)}
+        outputs = model.apply({"params": params}, batch, train=True, step=0, rngs=rngs)
+        return objective(outputs, batch).total()
+
+    loss, gradient = value_and_gradient(params)
+    assert np.isfinite(loss)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    experts = [
+        np.abs(leaf).max()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradient)
+        if "experts" in jax.tree_util.keystr(path)
+    ]
+    assert experts and all(size > 0 for size in experts)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "soft"])
