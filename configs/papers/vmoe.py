@@ -62,7 +62,7 @@ def get_config(arg=""):
 
 
 def from_paper(config, arg: str) -> None:
-    """Sizes, ImageNet-21k and its training: 4,096 pictures a step, sigmoid loss."""
+    """Sizes, ImageNet-21k and its training: sigmoid loss, clipped for the largest alone."""
     model = config.model
     model.d_model, model.num_layers, model.num_heads, hidden, model.patch_size, _, rate = SIZES[arg]
     model.update(ffn_hidden=(hidden,), ffn_activation="gelu", norm="layer", dtype="bfloat16")
@@ -74,12 +74,11 @@ def from_paper(config, arg: str) -> None:
     config.objective.augment.crop_padding = 0
     config.optim.update(learning_rate=rate, schedule="linear", warmup_steps=10_000, b2=0.999)
     config.optim.update(final_fraction=1e-5 / rate, weight_decay=0.1)
-    # All kernels are decayed, also the router's; gradients are clipped for the largest alone.
     config.optim.no_decay = ("norm", "bias", "scale")
     config.optim.clip_norm = 10.0 if arg in ("h14", "15b") else 0.0
-    unsaid = ("model.positions", "optim.eps", "optim.no_decay", "train.steps")
-    config.about.approximate = ("data.source", *unsaid)
-    inferred = ("block_pattern", "moe.num_experts") if arg not in ("s32", "b16") else ()
-    inferred += ("num_layers", "d_model", "ffn_hidden") if arg == "15b" else ()
-    config.about.approximate += tuple(f"model.{name}" for name in inferred)
-    config.about.approximate += ("optim.clip_norm",) if arg == "15b" else ()
+    inferred = ("model.positions", "optim.eps", "optim.no_decay", "train.steps", "data.source")
+    if arg not in ("s32", "b16"):
+        inferred += ("model.block_pattern", "model.moe.num_experts")
+    if arg == "15b":
+        inferred += ("model.num_layers", "model.d_model", "model.ffn_hidden", "optim.clip_norm")
+    config.about.approximate = inferred

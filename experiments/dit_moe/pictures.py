@@ -3,11 +3,12 @@
     python experiments/dit_moe/pictures.py runs/experiments/dit_moe_fashion_mnist_cpu OUT
 
 Writes into OUT ``grid.png``: the first two samples of each class from each arm (seed 0, the same
-noise for all), below real pictures; and ``fidelity.png``: the distances of all seeds beside their
-floor, and how often the class was found.
+noise for all, drawn as those that are judged), below real pictures; and ``fidelity.png``: the
+distances of all seeds beside their floor, and how often the class was found.
 """
 
 import csv
+import dataclasses
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -18,7 +19,7 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 from moejax.analysis.compare.arms import folder_name
-from moejax.generate.denoiser import draw_pictures, load_denoiser
+from moejax.generate.denoiser import Drawing, draw_pictures, load_denoiser
 from moejax.generate.images import GridRow, Tile, draw_grid, save_png
 from moejax.train.load import load
 from moejax.train.setup import open_pipeline
@@ -45,16 +46,23 @@ def grid(work: Path):
     """A row of real pictures, and one for each arm."""
     rows = []
     for arm, folder in runs_of_seed_0(work).items():
-        sampler = load_denoiser(folder)
+        config = load(folder).config
+        sampler = dataclasses.replace(load_denoiser(folder), drawing=drawing_of(config))
         classes = range(sampler.model.config.num_classes)
         labels = [label for label in classes for _ in range(EACH)]
         if not rows:
-            source = open_pipeline(load(folder).config, "test").source
+            source = open_pipeline(config, "test").source
             rows.append(GridRow("real", "test split", real_tiles(source, labels)))
         drawn = draw_pictures(sampler, labels, seed=0).pictures
         rows.append(GridRow(arm, "", [Tile(picture) for picture in drawn]))
     header = "Fashion-MNIST: the first samples of each class, the same noise for all (seed 0)"
     return draw_grid(rows, header, columns=len(labels), panels=1)
+
+
+def drawing_of(config) -> Drawing:
+    """As the samples are drawn that the evaluator ``fidelity`` judges."""
+    options = config.eval.fidelity
+    return Drawing(sampler=options.sampler, steps=options.steps, guidance=options.guidance)
 
 
 def real_tiles(source, labels: list[int]) -> list[Tile]:
