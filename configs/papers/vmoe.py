@@ -17,7 +17,7 @@ for inspection. The dense baseline is ``vit``. Device, minutes, expected accurac
 
 from moejax.config import load_config_dict
 
-# width, layers, heads, hidden width, patch, last n odd blocks (0: all), learning rate.
+# width, layers, heads, hidden width, patch, last n odd blocks (0: all), rate; total, active below.
 SIZES = {
     "s32": (512, 8, 8, 2048, 32, 2, 1e-3),
     "b32": (768, 12, 12, 3072, 32, 0, 8e-4),
@@ -27,7 +27,6 @@ SIZES = {
     "h14": (1280, 32, 16, 5120, 14, 0, 3e-4),
     "15b": (1408, 48, 16, 6400, 14, 0, 3e-4),
 }
-# total and active parameters.
 COUNTS = {
     "": (651_530, 264_458),
     "s32": (67_347_283, 42_181_459),
@@ -66,19 +65,16 @@ def from_paper(config, arg: str) -> None:
     model = config.model
     model.d_model, model.num_layers, model.num_heads, hidden, model.patch_size, _, rate = SIZES[arg]
     model.update(ffn_hidden=(hidden,), ffn_activation="gelu", norm="layer", dtype="bfloat16")
-    model.update(image_size=224, head="class_token", positions="learned")
-    model.update(num_classes=21_843, class_bias=-10.0)
-    model.moe.activation = "gelu"
+    model.update(image_size=224, head="class_token", positions="learned", num_classes=21_843)
+    model.class_bias, model.moe.activation = -10.0, "gelu"
     config.data.update(image_size=224, batch_size=4096)
     config.objective.loss = "sigmoid"
     config.objective.augment.crop_padding = 0
     config.optim.update(learning_rate=rate, schedule="linear", warmup_steps=10_000, b2=0.999)
-    config.optim.update(final_fraction=1e-5 / rate, weight_decay=0.1)
-    config.optim.no_decay = ("norm", "bias", "scale")
+    no_decay = ("norm", "bias", "scale")
+    config.optim.update(final_fraction=1e-5 / rate, weight_decay=0.1, no_decay=no_decay)
     config.optim.clip_norm = 10.0 if arg in ("h14", "15b") else 0.0
     inferred = ("model.positions", "optim.eps", "optim.no_decay", "train.steps", "data.source")
-    if arg not in ("s32", "b16"):
-        inferred += ("model.block_pattern", "model.moe.num_experts")
-    if arg == "15b":
-        inferred += ("model.num_layers", "model.d_model", "model.ffn_hidden", "optim.clip_norm")
-    config.about.approximate = inferred
+    inferred += () if arg in ("s32", "b16") else ("model.block_pattern", "model.moe.num_experts")
+    sizes = ("model.num_layers", "model.d_model", "model.ffn_hidden", "optim.clip_norm")
+    config.about.approximate = inferred + (sizes if arg == "15b" else ())
