@@ -1,10 +1,9 @@
 """What the arms of this comparison draw, and how good it is.
 
-    python experiments/dit_moe/pictures.py runs/experiments/dit_moe_fashion_mnist_cpu OUT
+    python experiments/dit_moe/pictures.py runs/experiments/dit_moe_fashion_mnist_cpu OUT.png
 
-Writes into OUT ``grid.png``: the first two samples of each class from each arm (seed 0, the same
-noise for all, drawn as those that are judged), below real pictures; and ``fidelity.png``: the
-distances of all seeds beside their floor, and how often the class was found.
+Writes OUT: the first two samples of each class from each arm (seed 0, the same noise for all, drawn
+as those that are judged), below real pictures.
 """
 
 import csv
@@ -13,11 +12,6 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt
-
 from moejax.analysis.compare.arms import folder_name
 from moejax.generate.denoiser import Drawing, draw_pictures, load_denoiser
 from moejax.generate.images import GridRow, Tile, draw_grid, save_png
@@ -25,11 +19,6 @@ from moejax.train.load import load
 from moejax.train.setup import open_pipeline
 
 EACH = 2
-PREFIX = "test/fidelity/"
-PANELS = {
-    "fd_efflite0": ("FD-EffLite0 (less is better)", "floor_fd_efflite0"),
-    "class_accuracy": ("class found", "real_class_accuracy"),
-}
 
 
 def runs_of_seed_0(work: Path) -> dict[str, Path]:
@@ -75,33 +64,10 @@ def real_tiles(source, labels: list[int]) -> list[Tile]:
     return [Tile(found[label].pop(0), source.categories[label]) for label in labels]
 
 
-def fidelity_figure(work: Path):
-    """A panel for each of ``PANELS``: a mark for each seed, a line where real pictures are."""
-    values = defaultdict(lambda: defaultdict(list))
-    with (work / "final.csv").open() as file:
-        for row in csv.DictReader(file):
-            values[row["metric"].removeprefix(PREFIX)][row["arm"]].append(float(row["value"]))
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(9, 3), layout="constrained")
-    for axis, (name, (title, real)) in zip(axes, PANELS.items(), strict=True):
-        for place, found in enumerate(values[name].values()):
-            axis.plot(found, [place] * len(found), "o", color="tab:blue", alpha=0.6)
-            axis.plot([sum(found) / len(found)], [place], "|", color="black", markersize=18)
-        floor = [value for found in values[real].values() for value in found]
-        axis.axvline(sum(floor) / len(floor), color="tab:green", linestyle="--")
-        axis.set_yticks(range(len(values[name])), list(values[name]))
-        axis.invert_yaxis()
-        axis.set_xlabel(title + "; dashed: real pictures")
-    figure.suptitle("marks: seeds; line: their mean")
-    return figure
-
-
 def main() -> None:
     if len(sys.argv) != 3:
-        sys.exit("usage: pictures.py FOLDER_OF_COMPARISON FOLDER_FOR_THE_PICTURES")
-    work, out = map(Path, sys.argv[1:])
-    out.mkdir(parents=True, exist_ok=True)
-    save_png(grid(work), out / "grid.png")
-    fidelity_figure(work).savefig(out / "fidelity.png", dpi=110)
+        sys.exit("usage: pictures.py FOLDER_OF_COMPARISON OUT.png")
+    save_png(grid(Path(sys.argv[1])), Path(sys.argv[2]))
 
 
 if __name__ == "__main__":

@@ -36,4 +36,10 @@ ARMS=(
 # What finds the classes of samples is trained by itself.
 moejax train --config vit --workdir "$JUDGE" --config.train.steps="${JUDGE_STEPS:-5000}"
 on_each_core compare fashion_mnist "${ARMS[@]}"
-python "$HERE/pictures.py" "runs/experiments/dit_moe_fashion_mnist_$SIZE" "$HERE/fashion_mnist_$SIZE"
+WORK=runs/experiments/dit_moe_fashion_mnist_$SIZE
+OUT="$HERE/fashion_mnist_$SIZE"
+python "$HERE/pictures.py" "$WORK" "$OUT/grid.png"
+METRIC=test/fidelity
+python "$HERE/../marks.py" "$WORK" "$OUT/fidelity.png" \
+  "FD-EffLite0 (less is better); dashed: real=$METRIC/fd_efflite0:$METRIC/floor_fd_efflite0" \
+  "class found; dashed: real=$METRIC/class_accuracy:$METRIC/real_class_accuracy"

@@ -14,3 +14,6 @@ SPREAD="{'name': 'importance', 'coefficient': 0.005}, {'name': 'load', 'coeffici
 on_each_core compare emoji3m --arm all=limoe:emoji3m \
   --arm "no_entropy=limoe:emoji3m,model.moe.losses=($SPREAD, $Z)" \
   --arm "no_spread=limoe:emoji3m,model.moe.losses=($Z,)"
+python "$HERE/../marks.py" "runs/experiments/limoe_emoji3m_$SIZE" "$HERE/emoji3m_$SIZE/experts.png" \
+  "experts that patches use=routing/image/experts_used" \
+  "experts that words use=routing/text/experts_used"
