@@ -160,12 +160,12 @@ def _by_class(record: RoutingRecord) -> str:
     """Class x expert, for models that know the classes of pictures."""
     if not record.by_class.any():
         return ""
-    classes = [str(name) for name in record.classes]
+    classes, layers = [str(name) for name in record.classes], record.picture_layers
     maps = _maps(record, record.class_share(), "classes", classes)
     text = (
         "The share of the choices of the tokens of each class's pictures. Given the class, "
-        f"H(expert) is {_numbers(record.class_entropy)} nats by layer, in which "
-        f"{_numbers(record.dead(), 0)} experts have less than {DEAD:.0%} of an even share."
+        f"H(expert) is {_numbers(record.class_entropy[layers])} nats by layer, in which "
+        f"{_numbers(record.dead()[layers], 0)} experts have less than {DEAD:.0%} of an even share."
     )
     return heading("Experts by class", text) + grid(maps)
 
@@ -186,7 +186,7 @@ def _by_time(record: RoutingRecord) -> str:
 
 def _maps(record: RoutingRecord, shares_lxe: np.ndarray, what: str, rows: list[str]) -> list[str]:
     """A map of each layer shown, with its experts for columns; all of one scale."""
-    shown = spread(range(len(shares_lxe)), MOST_LAYERS)
+    shown = spread(record.picture_layers, MOST_LAYERS)
     top, columns = float(np.nanmax(shares_lxe[shown])), record.expert_names()
     return [
         heatmap(
@@ -209,7 +209,7 @@ def _by_place(record: RoutingRecord) -> str:
     shares = record.patch_share()
     panels = [
         (f"{record.layer_names[i]}, expert {record.expert_name(i, e)}", shares[i, :, e])
-        for i in spread(range(len(shares)), 2)
+        for i in spread(record.picture_layers, 2)
         for e in spread(range(int(record.experts[i])), TOKEN_LAYERS)
     ]
     top = max(float(np.nanmax(values, initial=0)) for _, values in panels)
@@ -381,7 +381,7 @@ def _patches(record: RoutingRecord) -> str:
     """The pictures of the recorded rows; for each layer their tokens in the experts' colours."""
     if not len(record.pictures):
         return ""
-    shown = spread(range(len(record.layers)), TOKEN_LAYERS)
+    shown = spread(record.picture_layers, TOKEN_LAYERS)
     rows, columns = map(int, record.grid)
     size = f'width="{columns * _PATCH}" height="{rows * _PATCH}"'
     heads = "".join(

@@ -57,7 +57,7 @@ class RoutingRecord:
       classes: [v], names of the classes of labelled pictures; none for a model of sequences.
       by_class: [l, v, e], choices of the tokens of each class's pictures.
       by_patch: [l, p, e], choices of the patch at each place of the grid.
-      class_entropy: [l], H(expert | class).
+      class_entropy: [l], H(expert | class); NaN where no token is of a picture with a class.
       times: [q], the noise levels that a diffusion model was asked about, from data to noise.
       by_time: [l, q, e], choices of the tokens of pictures at each of them.
       time_entropy: [l], H(expert | noise level).
@@ -109,6 +109,12 @@ class RoutingRecord:
                 if field.name in file or field.default_factory is dataclasses.MISSING
             ]
             return cls(**{name: file[name] for name in wanted})
+
+    @property
+    def picture_layers(self) -> list[int]:
+        """The places of the layers that are given pictures: all but those of a tower of texts."""
+        known = self.by_patch.any()
+        return [i for i in range(len(self.layers)) if not known or self.by_patch[i].any()]
 
     @property
     def layer_names(self) -> list[str]:

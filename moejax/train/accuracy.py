@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from moejax.config.checks import require
-from moejax.config.schema import Config
+from moejax.config.schema import Config, TaskViTConfig
 from moejax.objectives.classification import (
     class_losses,
     labelled,
@@ -64,11 +64,22 @@ def accuracy(context: EvalContext) -> dict[str, float]:
 
 
 def check(config: Config) -> None:
-    """UserError unless the model has classes."""
+    """UserError unless the model has classes, of one task."""
+    check_classes(config, "accuracy")
+
+
+def check_classes(config: Config, evaluator: str) -> None:
+    """UserError unless the logits of a picture are of classes, all of one task."""
     require(
         getattr(config.model, "num_classes", 0) > 0,
         "eval.metrics",
-        "'accuracy' needs a model with classes (model.num_classes); leave it out",
+        f"{evaluator!r} needs a model with classes (model.num_classes); leave it out",
+    )
+    require(
+        not isinstance(config.model, TaskViTConfig),
+        "eval.metrics",
+        f"{evaluator!r} would rank the classes of all tasks of model.name={config.model.name} "
+        "together; use 'task_accuracy'",
     )
 
 

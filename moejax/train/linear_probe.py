@@ -1,8 +1,9 @@
 """The "linear_probe" evaluator: what a linear classifier of a model's features finds.
 
-The model is not trained. Features are its ``outputs.pooled``; classifiers are ridge regressions in
-closed form (moejax/analysis/probe.py), on the labelled pictures of the training split, and their
-accuracy is that on the split. Reported under ``probe/``:
+The model is not trained. Features are its ``outputs.pooled``; of a model of pictures and texts they
+are ``outputs.image``, the picture in the common space, of length one, with a text that is padding
+alone. Classifiers are ridge regressions in closed form (moejax/analysis/probe.py), on the labelled
+pictures of the training split, and their accuracy is that on the split. Reported under ``probe/``:
 
 * ``accuracy``: with all training pictures (at most ``eval.probe.pictures``), with the penalty that
   classifies a fifth of the training families best, which is ``penalty``; the split itself chooses
@@ -24,14 +25,16 @@ from moejax.analysis.probe import Labelled, Ridge, Scale, choose_penalty, few_sh
 from moejax.config.checks import require
 from moejax.config.schema import Config
 from moejax.data.sources import open_source
+from moejax.data.vocabulary import PAD
 from moejax.errors import UserError
+from moejax.models.two_towers import PairOutput
 from moejax.parallel.batches import put_batch
 from moejax.train.evaluate import EVALUATORS, EvalContext
 
 
 @EVALUATORS.register("linear_probe")
 def linear_probe(context: EvalContext) -> dict[str, float]:
-    """See the module docstring. Needs a model with pooled features and labelled pictures."""
+    """See the module docstring. Needs a model with features of labelled pictures."""
     probe = context.config.eval.probe
     train_source, test_source = _sources(context)
     rng = np.random.default_rng(probe.seed)
@@ -80,7 +83,7 @@ def linear_probe(context: EvalContext) -> dict[str, float]:
 def check(config: Config) -> None:
     """UserError unless the model reads pictures."""
     require(
-        config.data.format == "images",
+        config.data.format in ("images", "pairs"),
         "eval.metrics",
         f"'linear_probe' needs a model of pictures, and model.name={config.model.name} reads "
         "tokens; leave it out",
@@ -118,11 +121,13 @@ def _sources(context: EvalContext) -> tuple[Any, Any]:
 
 
 def features(context: EvalContext, source: Any, rows: np.ndarray) -> Labelled:
-    """The pooled features of those of ``rows`` of a source that have a label."""
-    model = context.model
+    """The features of those of ``rows`` of a source that have a label."""
+    model, data = context.model, context.config.data
 
     def pooled(params: Any, batch: dict) -> Any:
         outputs = model.apply({"params": params}, batch, train=False)
+        if isinstance(outputs, PairOutput):
+            return outputs.image
         if getattr(outputs, "pooled", None) is None:
             raise UserError(
                 "eval.metrics: 'linear_probe' needs a model with pooled features, and "
@@ -131,7 +136,10 @@ def features(context: EvalContext, source: Any, rows: np.ndarray) -> Labelled:
         return outputs.pooled
 
     program = context.program("pooled features", pooled)
-    size = context.config.data.batch_size
+    size = data.batch_size
+    # No words: they are not seen by the picture, nor do they take part in the routing.
+    texts = np.full((size, data.sequence_length), PAD, np.int32)
+    extra = {"tokens": texts} if data.format == "pairs" else {}
     found, labels, families = [], [], []
     for start in range(0, len(rows), size):
         records = [source[int(row)] for row in rows[start : start + size]]
@@ -142,7 +150,7 @@ def features(context: EvalContext, source: Any, rows: np.ndarray) -> Labelled:
         images = np.stack([record["image"] for record in records])
         filled = np.concatenate([images, np.repeat(images[:1], size - len(images), axis=0)])
         weights = (np.arange(size) < len(records)).astype(np.float32)
-        batch = put_batch({"images": filled, "weights": weights}, context.mesh)
+        batch = put_batch({"images": filled, "weights": weights, **extra}, context.mesh)
         found.append(np.asarray(program(context.params, batch), np.float32)[: len(records)])
         labels += [record["label"] for record in records]
         families += [record.get("family", record["id"]) for record in records]

@@ -15,11 +15,12 @@ import jax
 import numpy as np
 from jaxtyping import UInt8
 
-from moejax.config.checks import require
 from moejax.config.schema import Config
 from moejax.objectives.classification import labelled, rank_of_label
 from moejax.ops.corrupt import add_noise, blur
+from moejax.train.accuracy import check_classes
 from moejax.train.evaluate import EVALUATORS, EvalContext, EvalResult
+from moejax.train.rows_shown import check_one_size
 
 NAME = "robustness"
 
@@ -65,17 +66,9 @@ def robustness(context: EvalContext) -> EvalResult:
 
 
 def check(config: Config) -> None:
-    """UserError unless the model has classes and a row of a batch is a picture."""
-    require(
-        getattr(config.model, "num_classes", 0) > 0,
-        "eval.metrics",
-        "'robustness' needs a model with classes (model.num_classes); leave it out",
-    )
-    require(
-        not config.data.image_sizes,
-        "eval.metrics",
-        "'robustness' needs pictures of one size, and data.image_sizes has several; leave it out",
-    )
+    """UserError unless the model has classes, of one task, and a row of a batch is a picture."""
+    check_classes(config, NAME)
+    check_one_size(config, NAME)
 
 
 def metric_names(config: Config) -> list[str]:

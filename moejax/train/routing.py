@@ -15,8 +15,13 @@ Numbers, each the mean over the layers of experts (under ``routing/``):
 
 A vision transformer has a token's place in the picture for its id, and ``class_entropy``, H(expert
 | class), for pictures with labels. A diffusion transformer too: it is shown every picture at
-``TIMES`` noise levels, spread as in training, and has ``time_entropy``, H(expert | noise level). Of
+``TIMES`` noise levels, spread as in training, and has ``time_entropy``, H(expert | noise level). A
+model of several tasks is asked for each of them about every picture; they are its modalities. Of
 soft routing the choice of a token is the expert whose slots it mixes most of.
+
+The tokens of two towers are those of a picture and then those of its text, as if they were one row;
+a layer counts those of its own tower, and ``MODALITY/experts_used`` and ``class_entropy`` are means
+over the layers that are given such tokens.
 
 It draws the load of the experts by modality and which are chosen together, for models of patches
 also the experts of each class, place and noise level, and those on pictures; and leaves its counts
@@ -24,7 +29,7 @@ and the choices of a few rows in ``workdir/arrays`` for ``moejax report``.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -41,15 +46,26 @@ from moejax.analysis.routing import (
     shuffled_within,
 )
 from moejax.analysis.routing_record import NAME, RoutingRecord
-from moejax.config.schema import Config, DiTConfig, PatchesConfig
+from moejax.config.schema import Config, DiTConfig, PairConfig, PatchesConfig, TaskViTConfig
 from moejax.errors import UserError
+from moejax.objectives.multitask import with_task
 from moejax.objectives.routing import routings
 from moejax.ops.diffusion_times import quantile_times
+from moejax.parallel.batches import put_batch
 from moejax.routing import summarise
 from moejax.train.denoising import noisy_pictures
 from moejax.train.evaluate import EVALUATORS, EvalContext, EvalResult
 from moejax.train.routing_log import RoutingLayer, has_experts, routing_layers
-from moejax.train.rows_shown import PICTURES, pictures_of, pieces_of, token_rows, valid_tokens
+from moejax.train.rows_shown import (
+    PICTURES,
+    check_one_size,
+    in_whole_rows,
+    modalities_of,
+    pictures_of,
+    pieces_of,
+    token_rows,
+    valid_tokens,
+)
 
 # Rows of the first batch whose choices are kept; where a row is a picture, PICTURES.
 ROWS = 4
@@ -90,7 +106,7 @@ def routing(context: EvalContext) -> EvalResult:
             layers = routing_layers(model, depths(recorded))
             for layer in layers:
                 experts = num_experts(recorded, layer, model)
-                counts[layer] = LayerCounts(experts, len(model.modalities))
+                counts[layer] = LayerCounts(experts, len(modalities_of(model)))
         statistics = {name: value["statistics"] for name, value in recorded.items()}
         statistics = jax.tree.map(lambda x: np.asarray(x, np.float64), statistics)
         sums = statistics if sums is None else jax.tree.map(np.add, sums, statistics)
@@ -109,8 +125,8 @@ def routing(context: EvalContext) -> EvalResult:
             )
         if not rows:
             rows = _rows(context, batch, valid, recorded, counts)
-    tokens_m = next(iter(sums.values()))["tokens_m"][0]
-    record = _record(context, counts, tokens_m, rows)
+    tokens_lm = _tokens(model, sums, layers)
+    record = _record(context, counts, tokens_lm.max(axis=0), rows)
     images = {f"{NAME}_experts": draw_experts(record)}
     if record.by_class.any():
         images[f"{NAME}_classes"] = draw_classes(record)
@@ -122,11 +138,11 @@ def routing(context: EvalContext) -> EvalResult:
     # Where a token has one expert, none are chosen together.
     if (record.together.sum(axis=(1, 2)) > np.trace(record.together, axis1=1, axis2=2)).any():
         images[f"{NAME}_together"] = draw_together(record)
-    return EvalResult(_values(record, sums, layers), images, {NAME: record.arrays()})
+    return EvalResult(_values(record, sums, layers, tokens_lm), images, {NAME: record.arrays()})
 
 
 def check(config: Config) -> None:
-    """UserError unless the model has experts."""
+    """UserError unless the model has experts, and tokens that can be shown."""
     if not has_experts(config.model):
         raise UserError(
             f"eval.metrics: 'routing' needs a model with experts, and model.name="
@@ -138,6 +154,7 @@ def check(config: Config) -> None:
             "eval.metrics: 'routing' shows tokens of sequences or patches, and model.name="
             f"{config.model.name} has none; leave it out (train/router/... is logged anyway)"
         )
+    check_one_size(config, NAME)
     if jax.process_count() > 1:
         raise UserError(
             "eval.metrics: 'routing' runs on one host; leave it out, and use moejax eval"
@@ -146,9 +163,9 @@ def check(config: Config) -> None:
 
 def metric_names(config: Config) -> list[str]:
     """What :func:`routing` returns."""
-    used = [f"{name}/experts_used" for name in config.model.modalities]
+    used = [f"{name}/experts_used" for name in modalities_of(config.model)]
     names = (*SUMMARIES, *ENTROPIES, "dead_experts", *used)
-    if getattr(config.model, "num_classes", 0):
+    if getattr(config.model, "num_classes", 0) or isinstance(config.model, PairConfig):
         names = (*names, "class_entropy")
     if isinstance(config.model, DiTConfig):
         names = (*names, "time_entropy")
@@ -161,26 +178,50 @@ routing.metric_names = metric_names
 
 def recorded_batches(context: EvalContext):
     """(numpy batch, what :func:`moejax.nn.moe.routing_aux` records of it) over the split."""
-    config = context.config
-    denoiser = isinstance(config.model, DiTConfig)
+    config, model = context.config, context.config.model
     noisy = (
-        functools.partial(noisy_pictures, config.objective, config.model.num_classes)
-        if denoiser
+        functools.partial(noisy_pictures, config.objective, model.num_classes)
+        if isinstance(model, DiTConfig)
         else None
     )
     forward = context.program("routing", functools.partial(_forward, context.model, noisy))
+    for rows, on_device, time in _asked(context):
+        recorded = jax.device_get(forward(context.params, on_device, time))
+        if not recorded:
+            raise UserError(
+                "eval.metrics: 'routing' needs a block with experts; model.block_pattern="
+                f"{model.block_pattern} has none"
+            )
+        yield rows, in_whole_rows(model, recorded)
+
+
+def _asked(context: EvalContext) -> Iterator[tuple[dict, dict, int]]:
+    """(rows of tokens, batch on the device, number of its noise level) over the split.
+
+    Each batch comes once, or for each noise level of a model that denoises, or for each task.
+    """
+    model = context.config.model
+    ask = context.program("routing task", functools.partial(_for_task, context.config))
     for batch, on_device in context.batches():
-        rows = token_rows(config.model, batch)
-        for time in range(TIMES if denoiser else 1):
-            recorded = jax.device_get(forward(context.params, on_device, time))
-            if not recorded:
-                raise UserError(
-                    "eval.metrics: 'routing' needs a block with experts; model.block_pattern="
-                    f"{config.model.block_pattern} has none"
-                )
-            if denoiser:
-                rows = {**rows, "token_times": np.full_like(rows["tokens"], time)}
-            yield rows, recorded
+        if isinstance(model, TaskViTConfig):
+            for task in range(len(model.modalities)):
+                asked = jax.device_get(ask(on_device, jnp.int32(task)))
+                # Classes are those of the pictures, whatever is asked.
+                rows = token_rows(model, {**asked, "labels": batch["labels"]})
+                yield rows, put_batch(asked, context.mesh), 0
+        elif isinstance(model, DiTConfig):
+            rows = token_rows(model, batch)
+            for time in range(TIMES):
+                yield {**rows, "token_times": np.full_like(rows["tokens"], time)}, on_device, time
+        else:
+            yield token_rows(model, batch), on_device, 0
+
+
+def _for_task(config: Config, batch: dict, task: jax.Array) -> dict[str, jax.Array]:
+    """The batch whose pictures are all asked for a task, by its number."""
+    task_b = jnp.full(batch["labels"].shape, task, jnp.int32)
+    groups = getattr(config.objective, "groups", ())
+    return with_task(batch, config.model.modalities, task_b, batch["index"], groups)
 
 
 def _forward(model: Any, noisy: Any, params: Any, batch: dict, time: Any) -> dict[str, dict]:
@@ -245,11 +286,13 @@ def routing_agreement(context: EvalContext, params: Any, others: Any) -> dict[st
             for layer in routing_layers(model, depths(ours)):
                 experts = num_experts(ours, layer, model)
                 a, b = (choices_of(each, layer, experts)[1][valid] for each in (ours, theirs))
-                row.append((agreement(a, b), overlap(a, b), len(a)))
+                # Tokens of the other tower have no choice in either.
+                given = ((a != NONE) | (b != NONE)).any(axis=-1).sum()
+                row.append((agreement(a, b), overlap(a, b), given))
             found.append(row)
     values_blq = np.asarray(found, np.float64)
     weights = values_blq[..., 2:]
-    mean = np.nansum(values_blq[..., :2] * weights, axis=0) / weights.sum(axis=0)
+    mean = np.nansum(values_blq[..., :2] * weights, axis=0) / np.maximum(weights.sum(axis=0), 1)
     return {"first": mean[:, 0], "overlap": mean[:, 1]}
 
 
@@ -307,7 +350,7 @@ def _record(
         iterations=np.asarray([layer.iteration for layer in counts], np.int32),
         experts=experts,
         num_ffn=experts - np.int32(moe.weightless),
-        modalities=np.asarray(model.modalities),
+        modalities=np.asarray(modalities_of(model)),
         weightless=np.asarray(
             [f"{kind} {i}" for kind, number in kinds.items() for i in range(number)], "U16"
         ),
@@ -355,7 +398,19 @@ def _of_times(context: EvalContext, counts: Mapping[RoutingLayer, LayerCounts], 
     }
 
 
-def _values(record: RoutingRecord, sums: Any, layers: list[RoutingLayer]) -> dict[str, float]:
+def _tokens(model: Any, sums: Any, layers: list[RoutingLayer]) -> np.ndarray:
+    """[l, m]: the tokens of each modality that layers were given; a tower knows its own alone."""
+    tokens_lm = np.zeros((len(layers), len(modalities_of(model))))
+    for tokens_m, layer in zip(tokens_lm, layers, strict=True):
+        own = sums[layer.name]["tokens_m"][layer.index]
+        first = len(tokens_m) - len(own) if layer.name.startswith("text/") else 0
+        tokens_m[first : first + len(own)] = own
+    return tokens_lm
+
+
+def _values(
+    record: RoutingRecord, sums: Any, layers: list[RoutingLayer], tokens_lm: np.ndarray
+) -> dict[str, float]:
     by_layer = []
     for layer, num_ffn in zip(layers, record.num_ffn, strict=True):
         own = jax.tree.map(lambda x, i=layer.index: jnp.asarray(x[i]), sums[layer.name])
@@ -367,10 +422,11 @@ def _values(record: RoutingRecord, sums: Any, layers: list[RoutingLayer]) -> dic
     entropies = {f"routing/{name}": float(np.mean(getattr(record, name))) for name in ENTROPIES}
     values = {**values, **entropies, "routing/dead_experts": float(record.dead().mean())}
     used_lm = np.exp(entropy(record.chosen)) * record.chosen.any(axis=-1)
-    for name, used in zip(record.modalities, used_lm.mean(axis=0), strict=True):
+    used_m = used_lm.sum(axis=0) / np.maximum((tokens_lm > 0).sum(axis=0), 1)
+    for name, used in zip(record.modalities, used_m, strict=True):
         values[f"routing/{name}/experts_used"] = float(used)
     if np.isfinite(record.class_entropy).any():
-        values["routing/class_entropy"] = float(record.class_entropy.mean())
+        values["routing/class_entropy"] = float(np.nanmean(record.class_entropy))
     if np.isfinite(record.time_entropy).any():
         values["routing/time_entropy"] = float(record.time_entropy.mean())
     return values

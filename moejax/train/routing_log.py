@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from moejax.config.schema import DiTConfig, TwoTowersConfig
 from moejax.train.step import StepMetrics
 from moejax.train.writers import append_rows
 
-_NAME = re.compile(r"segment_(\d+)/block_(\d+)/.*?router(?:_(\d+))?")
+_NAME = re.compile(r"(\w+/)?segment_(\d+)/block_(\d+)/.*?router(?:_(\d+))?")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -22,7 +23,8 @@ class RoutingLayer:
     """A router of a model, in the order of the depth.
 
     Attributes:
-      layer: its number; of models that are no stack of blocks, in the order of the names.
+      layer: its number; those of a tower of texts come after those of the tower of pictures. Of
+        models that are no stack of blocks, in the order of the names.
       iteration: which run of the layer's experts it is for (model.moe.iterations).
       name: the key of its sums in the model's aux (moejax.objectives.routing.routings).
       index: its place in them.
@@ -44,17 +46,25 @@ def routing_layers(model: Any, depths: Mapping[str, int]) -> list[RoutingLayer]:
     """The routers of a model config whose aux holds ``depths[name]`` of them under each name."""
     from moejax.nn.stack import segments_of
 
-    found = []
+    found, stacks = [], _stacks(model)
     for order, (name, depth) in enumerate(depths.items()):
         match = _NAME.fullmatch(name)
-        if match is None:
+        if match is None or (match[1] or "") not in stacks:
             first, stride, iteration = order, len(depths), 0
         else:
-            segment = segments_of(model)[int(match[1])]
-            first, stride = segment.first + int(match[2]), len(segment.kinds)
-            iteration = int(match[3] or 0)
+            below, trunk = stacks[match[1] or ""]
+            segment = segments_of(trunk)[int(match[2])]
+            first, stride = below + segment.first + int(match[3]), len(segment.kinds)
+            iteration = int(match[4] or 0)
         found += [RoutingLayer(first + i * stride, iteration, name, i) for i in range(depth)]
     return sorted(found)
+
+
+def _stacks(model: Any) -> dict[str, tuple[int, Any]]:
+    """By what the names of a stack's sums begin with: the layers before it, and its config."""
+    if isinstance(model, TwoTowersConfig) or (isinstance(model, DiTConfig) and model.text_length):
+        return {"image/": (0, model), "text/": (model.num_layers, model.text_tower)}
+    return {"": (0, model)}
 
 
 class RoutingLog:

@@ -40,7 +40,7 @@ def draw_together(record: RoutingRecord) -> UInt8[np.ndarray, "h w 3"]:
 
 def draw_classes(record: RoutingRecord) -> UInt8[np.ndarray, "h w 3"]:
     """For each layer class x expert, the share of the choices of the class's tokens."""
-    shown = spread(range(len(record.layers)), _MOST_LAYERS)
+    shown = spread(record.picture_layers, _MOST_LAYERS)
     shares = record.class_share()
     panels = [(record.layer_names[i], shares[i]) for i in shown]
     names = [str(name) for name in record.classes]
@@ -65,7 +65,7 @@ def draw_places(record: RoutingRecord) -> UInt8[np.ndarray, "h w 3"]:
             f"{record.layer_names[i]}, expert {record.expert_name(i, e)}",
             shares[i, :, e].reshape(rows, columns),
         )
-        for i in spread(range(len(record.layers)), _MAP_LAYERS)
+        for i in spread(record.picture_layers, _MAP_LAYERS)
         for e in spread(range(int(record.experts[i])), _MAP_EXPERTS)
     ]
     top = max(float(np.nanmax(values, initial=0)) for _, values in panels)
@@ -78,7 +78,7 @@ def draw_patches(record: RoutingRecord) -> UInt8[np.ndarray, "h w 3"]:
     A patch without an expert is grey.
     """
     rows, columns = map(int, record.grid)
-    shown = spread(range(len(record.layers)), _MOST_LAYERS)
+    shown = spread(record.picture_layers, _MOST_LAYERS)
     names = ["picture", *(record.layer_names[i] for i in shown)]
     font = ImageFont.load_default(12)
     left = 12 + round(max(font.getlength(name) for name in names))

@@ -6,8 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from moejax.config.contrastive import LIMoEConfig
-from moejax.config.schema import Config, DiTConfig, PatchesConfig
+from moejax.analysis.routing import NONE
+from moejax.config.checks import require
+from moejax.config.schema import (
+    Config,
+    DiTConfig,
+    PairConfig,
+    PatchesConfig,
+    TaskViTConfig,
+    TwoTowersConfig,
+)
 from moejax.data.vocabulary import BOA, BOI, BOS, EOA, EOI, EOS, PAD
 from moejax.train.evaluate import EvalContext
 
@@ -16,13 +24,29 @@ PICTURES = 8
 _MARKS = {BOS: "BOS", EOS: "EOS", BOI: "BOI", EOI: "EOI", BOA: "BOA", EOA: "EOA"}
 
 
+def check_one_size(config: Config, evaluator: str) -> None:
+    """UserError unless a row of a batch of pictures is one picture."""
+    require(
+        not config.data.image_sizes,
+        "eval.metrics",
+        f"{evaluator!r} needs pictures of one size, and data.image_sizes has several; leave it out",
+    )
+
+
+def modalities_of(model: Any) -> tuple[str, ...]:
+    """Names of the modalities of :func:`token_rows`; each of two towers has one."""
+    return (*model.modalities, *(("text",) if isinstance(model, TwoTowersConfig) else ()))
+
+
 def token_rows(model: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The batch with its tokens: those that models of patches make of pictures have no others.
 
     A token's id is its place in the row (class token, registers, patches row by row), as in
     moejax/models/vit.py; each has the label of its picture. All are of the first modality, but
-    those of pictures of which nothing is said where these are a second one (models/dit.py), and the
-    words behind a picture (models/limoe.py), whose ids are above all places and have no label.
+    those of pictures of which nothing is said where these are a second one (models/dit.py), those
+    of pictures that are asked for another task (models/task_vit.py), and the words behind a
+    picture (models/limoe.py, models/two_towers.py), whose ids are above all places and have no
+    label.
     """
     if not isinstance(model, PatchesConfig):
         return dict(batch)
@@ -31,15 +55,15 @@ def token_rows(model: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndar
     ones = np.ones_like(tokens)
     rows = {
         "tokens": tokens,
-        "modality": _said_nothing(model, batch)[:, None] * ones,
+        "modality": _of_pictures(model, batch)[:, None] * ones,
         "segments": ones,
         "token_labels": np.asarray(batch["labels"])[:, None] * ones,
     }
-    if isinstance(model, LIMoEConfig):
+    if isinstance(model, PairConfig):
         words = np.asarray(batch["tokens"], np.int32)
         of_words = {
             "tokens": len(ids) + words,
-            "modality": np.full_like(words, model.modalities.index("text")),
+            "modality": np.full_like(words, modalities_of(model).index("text")),
             "segments": (words != PAD).astype(np.int32),
             "token_labels": np.full_like(words, -1),
         }
@@ -48,9 +72,32 @@ def token_rows(model: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndar
     return {**batch, **rows, "weights": weights}
 
 
-def _said_nothing(model: Any, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-    """[b] int: 1 for pictures of the second modality, if there is one."""
+def in_whole_rows(model: Any, recorded: dict[str, dict]) -> dict[str, dict]:
+    """What routers record of choices, for the rows of :func:`token_rows`.
+
+    A tower is given a part of the tokens of a row; the others get NONE for their choices
+    [l, b, t, k], of weight 0.
+    """
+    if not isinstance(model, TwoTowersConfig):
+        return recorded
+    around = {"image": (0, model.text_length), "text": (model.num_tokens, 0)}
+    return {
+        name: {**own, **_padded(own, around[name.partition("/")[0]])}
+        for name, own in recorded.items()
+    }
+
+
+def _padded(own: Mapping[str, Any], tokens: tuple[int, int]) -> dict[str, np.ndarray]:
+    fill = {"expert_ids": NONE, "chosen_ids": NONE, "weights": 0}
+    widths = ((0, 0), (0, 0), tokens, (0, 0))
+    return {name: np.pad(own[name], widths, constant_values=value) for name, value in fill.items()}
+
+
+def _of_pictures(model: Any, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+    """[b] int: the number of the modality that the pictures' tokens are of."""
     rows = len(batch["images"])
+    if isinstance(model, TaskViTConfig):
+        return np.asarray(batch["task"], np.int32)
     if not isinstance(model, DiTConfig) or len(model.modalities) == 1:
         return np.zeros(rows, np.int32)
     nothing = np.ones(rows, bool)

@@ -108,6 +108,8 @@ def test_filler_rows_do_not_count():
 def test_mistakes():
     with pytest.raises(UserError, match="eval.metrics: 'accuracy' needs a model with classes"):
         check_evaluators(load_config("tokenizer_kl", {"eval.metrics": ("accuracy",)}))
+    with pytest.raises(UserError, match="eval.metrics: 'accuracy' .* use 'task_accuracy'"):
+        check_evaluators(load_config("modular_vision", {"eval.metrics": ("accuracy",)}))
     few = make_config(model=dataclasses.replace(MODEL, num_classes=3))
     with pytest.raises(UserError, match="model.num_classes=3: made:pictures has 7 classes"):
         ImagePipeline(few, Pictures([0, 1], "train"))

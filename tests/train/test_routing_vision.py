@@ -22,6 +22,7 @@ from moejax.data.vocabulary import PAD
 from moejax.errors import UserError
 from moejax.train import routing
 from moejax.train.evaluate import EvalContext, check_evaluators, eval_plans, run_evaluators
+from moejax.train.routing_log import routing_layers
 from moejax.train.routing_pictures import draw_classes, draw_patches, draw_places
 from moejax.train.setup import prepare_model
 
@@ -144,45 +145,59 @@ class Pairs(Pictures):
         return self[index]["text"]
 
 
-def test_words_count_beside_patches_and_their_padding_does_not():
-    """LIMoE: a row is a picture, its registers first, and then a text; against what is recorded."""
-    fields = {
-        "model.image_size": 8,
-        "model.patch_size": 4,
-        "model.registers": EXTRA,
-        "model.vocab_size": 272,
-        "model.text_length": 12,
-        "model.d_model": 16,
-        "model.num_heads": 2,
-        "model.num_layers": 2,
-        "model.ffn_hidden": (24,),
-        "model.kernel_backend": "reference",
-        "model.moe.num_experts": EXPERTS,
-        "model.moe.hidden": 8,
-        "model.moe.capacity": "none",
-        "model.moe.losses": (),
-        "data.image_size": 8,
-        "data.batch_size": 4,
-        "data.sequence_length": 12,
-        "data.text_tokenizer": "bytes",
-        "eval.metrics": ("routing",),
-    }
-    config = load_config("limoe", fields)
-    labels = [0, 1, 2, 1, -1, 2, 0]
+TINY = {
+    "model.image_size": 8,
+    "model.patch_size": 4,
+    "model.d_model": 16,
+    "model.num_heads": 2,
+    "model.num_layers": 2,
+    "model.ffn_hidden": (24,),
+    "model.kernel_backend": "reference",
+    "model.moe.num_experts": EXPERTS,
+    "model.moe.hidden": 8,
+    "model.moe.losses": (),
+    "data.image_size": 8,
+    "data.batch_size": 4,
+    "eval.metrics": ("routing",),
+}
+PAIRS = {
+    "model.registers": EXTRA,
+    "model.vocab_size": 272,
+    "model.text_length": 12,
+    "model.moe.capacity": "none",
+    "data.sequence_length": 12,
+    "data.text_tokenizer": "bytes",
+}
+
+
+def evaluated_config(config, pipeline):
+    """As :func:`evaluated`, of any pipeline."""
     setup = prepare_model(config, jax.devices()[:1])
     with jax.set_mesh(setup.mesh):
         params = setup.recipe.create().params
-    pipeline = PairPipeline(config, Pairs(labels))
     context = setup.eval_context(params, pipeline, pipeline)
     result = run_evaluators(context, eval_plans(config.eval))
-    record = RoutingRecord(**result.arrays["val/routing"])
+    return result, RoutingRecord(**result.arrays["val/routing"]), context
 
+
+def recorded_pairs(context):
+    """(batch, aux) of each batch of pictures and texts."""
     apply = jax.jit(functools.partial(context.model.apply, record=True))
+    for batch in context.pipeline.eval_batches(2):
+        with jax.set_mesh(context.mesh):
+            given = jax.tree.map(jnp.asarray, batch)
+            yield batch, jax.device_get(apply({"params": context.params}, given).aux)
+
+
+def test_words_count_beside_patches_and_their_padding_does_not():
+    """LIMoE: a row is a picture, its registers first, and then a text; against what is recorded."""
+    config = load_config("limoe", {**TINY, **PAIRS})
+    labels = [0, 1, 2, 1, -1, 2, 0]
+    result, record, context = evaluated_config(config, PairPipeline(config, Pairs(labels)))
+
     used, by_patch, dealt = np.zeros((2, EXPERTS)), np.zeros((PATCHES, EXPERTS)), 0
     by_class = np.zeros((CLASSES, EXPERTS))
-    for batch in pipeline.eval_batches(2):
-        with jax.set_mesh(context.mesh):
-            aux = apply({"params": params}, jax.tree.map(jnp.asarray, batch)).aux
+    for batch, aux in recorded_pairs(context):
         ids = np.asarray(aux["segment_0"]["block_1"]["moe"]["router"]["expert_ids"][0])[..., 0]
         words = EXTRA + PATCHES
         for row in np.flatnonzero(batch["weights"]):
@@ -203,6 +218,97 @@ def test_words_count_beside_patches_and_their_padding_does_not():
     # Bytes of "ape" once, twice, three times and once, between two marks.
     assert record.row_valid[:, words:].sum(axis=1).tolist() == [5, 8, 11, 5]
     for name, counts in zip(("image", "text"), used, strict=True):
+        expected = np.exp(entropy(counts))
+        assert result.values[f"routing/{name}/experts_used"] == pytest.approx(expected)
+
+
+def test_two_towers_have_patches_then_words_and_layers_one_after_the_other():
+    """CLIP-MoE with two layers of pictures and one of texts, against what is recorded."""
+    config = load_config("clip_moe", {**TINY, **PAIRS, "model.text.num_layers": 1})
+    labels, top_k = [0, 1, 2, 1, -1, 2, 0], config.model.moe.top_k
+    result, record, context = evaluated_config(config, PairPipeline(config, Pairs(labels)))
+
+    used, by_class = np.zeros((3, 2, EXPERTS)), np.zeros((2, CLASSES, EXPERTS))
+    of_tower = lambda aux, name: aux[name]["segment_0"]["block_0"]["moe"]["router"]["expert_ids"]
+    for batch, aux in recorded_pairs(context):
+        for row in np.flatnonzero(batch["weights"]):
+            for layer in range(2):
+                ids = of_tower(aux, "image")[layer, row]
+                np.add.at(used[layer, 0], ids, 1)
+                if batch["labels"][row] >= 0:
+                    np.add.at(by_class[layer, batch["labels"][row]], ids, 1)
+            np.add.at(used[2, 1], of_tower(aux, "text")[0, row][batch["tokens"][row] != PAD], 1)
+    assert record.layers.tolist() == [0, 1, 2]
+    assert record.modalities.tolist() == ["image", "text"]
+    assert record.chosen.tolist() == used.tolist()
+    patches, words = len(labels) * (EXTRA + PATCHES), 3 * (5 + 8 + 11) - 8 - 11
+    assert record.tokens.tolist() == [patches, words]
+    assert (used.sum(axis=-1) / top_k).tolist() == [[patches, 0], [patches, 0], [0, words]]
+    assert set(result.values) == set(routing.metric_names(config))
+    assert np.isfinite(list(result.values.values())).all()
+    effective = np.exp(entropy(used))
+    got = [result.values[f"routing/{name}/experts_used"] for name in ("image", "text")]
+    assert got == pytest.approx([effective[:2, 0].mean(), effective[2, 1]])
+    assert record.by_class[:2].tolist() == by_class.tolist() and not record.by_class[2].any()
+    given = (entropy(by_class) * by_class.sum(axis=2)).sum(axis=1) / by_class.sum(axis=(1, 2))
+    assert result.values["routing/class_entropy"] == pytest.approx(given.mean())
+    # No layer is given the tokens of the other tower, and pictures are of the first two.
+    assert (record.row_experts[:2, :, EXTRA + PATCHES :] == NONE).all()
+    assert (record.row_experts[2, :, : EXTRA + PATCHES] == NONE).all()
+    assert record.row_valid[:, EXTRA + PATCHES :].sum(axis=1).tolist() == [5, 8, 11, 5]
+    assert record.picture_layers == [0, 1] and not record.by_patch[2].any()
+    same = routing.routing_agreement(context, context.params, context.params)
+    assert same["first"].tolist() == same["overlap"].tolist() == [1, 1, 1]
+
+
+def test_layers_of_towers_are_numbered_by_their_depth():
+    """Of every other layer with experts, and of texts behind those of pictures."""
+    model = load_config("vision_routers:softmax_token_clip").model
+    name = "{}/segment_{}/block_{}/moe/router".format
+    found = routing_layers(model, {name("image", 0, 1): 2})
+    assert [layer.layer for layer in found] == [1, 3]
+    model = load_config("clip_moe").model
+    found = routing_layers(model, {name("text", 0, 0): 2, name("image", 0, 0): 3})
+    assert [(layer.layer, layer.name[:5]) for layer in found] == [
+        *((number, "image") for number in range(3)),
+        *((number, "text/") for number in (3, 4)),
+    ]
+    model = load_config("dit:text", {"model.block_pattern": ("dense", "moe")}).model
+    found = routing_layers(model, {name("image", 0, 1): 2})
+    assert [layer.layer for layer in found] == [1, 3]
+
+
+def test_every_picture_is_asked_for_each_task():
+    """Against the choices for each task by itself; first comes the one that turns pictures."""
+    fields = {
+        "model.modalities": ("rotation", "class", "group"),
+        "model.task_classes": (4, CLASSES, 2),
+        "model.num_classes": 4 + CLASSES + 2,
+        "objective.groups": (0, 1, 1),
+    }
+    config = load_config("modular_vision", {**TINY, **fields})
+    labels = [0, 1, 2, 1, -1, 2, 0]
+    result, record, context = evaluated_config(config, ImagePipeline(config, Pictures(labels)))
+    assert record.modalities.tolist() == ["rotation", "class", "group"]
+    assert record.tokens.tolist() == [len(labels) * PATCHES] * 3
+
+    upright = np.stack([picture["image"] for picture in context.pipeline.source])
+    turned = np.stack([np.rot90(image, i) for i, image in enumerate(upright)])
+    apply = jax.jit(functools.partial(context.model.apply, record=True))
+    used, by_class = np.zeros((3, EXPERTS)), np.zeros((CLASSES, EXPERTS))
+    for task in range(3):
+        batch = {"images": upright if task else turned, "task": np.full(len(labels), task)}
+        with jax.set_mesh(context.mesh):
+            aux = jax.device_get(apply({"params": context.params}, batch).aux)
+        ids = aux["segment_0"]["block_1"]["moe"]["router"]["expert_ids"][0]
+        np.add.at(used[task], ids, 1)
+        for label in range(CLASSES):
+            np.add.at(by_class[label], ids[np.asarray(labels) == label], 1)
+    assert record.chosen[0].tolist() == used.tolist()
+    assert record.by_class[0].tolist() == by_class.tolist()
+    assert record.pictures.tolist() == turned[:4].tolist()
+    assert set(result.values) == set(routing.metric_names(config))
+    for name, counts in zip(record.modalities, used, strict=True):
         expected = np.exp(entropy(counts))
         assert result.values[f"routing/{name}/experts_used"] == pytest.approx(expected)
 
@@ -286,3 +392,10 @@ def test_models_without_tokens_are_refused():
     dense = dataclasses.replace(config, model=dataclasses.replace(MODEL, moe=MoEConfig()))
     with pytest.raises(UserError, match="eval.metrics: 'routing' needs a model with experts"):
         check_evaluators(dense)
+
+
+def test_packed_pictures_are_refused():
+    config = make_config()
+    data = dataclasses.replace(config.data, image_sizes=(4, 8), max_patches=5)
+    with pytest.raises(UserError, match="eval.metrics: 'routing' needs pictures of one size"):
+        check_evaluators(dataclasses.replace(config, data=data))
