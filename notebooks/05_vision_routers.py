@@ -14,10 +14,12 @@
 # %% [markdown]
 # # Vision routers: which expert takes which patch
 #
-# Four small vision transformers of equal FLOPs: dense, with experts that each patch chooses
-# (top-k), with experts that choose their patches (expert choice), and with experts of mixtures of
-# patches (soft). How often they find the class, what a linear classifier finds in their features,
-# how they bear noise, and what their experts look at.
+# Seven small vision transformers of equal FLOPs, those of the config `vision_routers`: dense, and
+# with each of the six routers that [arXiv 2401.15969](https://arxiv.org/abs/2401.15969) compares.
+# Patches choose experts (`softmax_token`, `sinkhorn_token`), experts choose patches
+# (`softmax_expert`, `sinkhorn_expert`, `sparse_expert`), or experts see mixtures of patches
+# (`soft`). How often they find the class, what a linear classifier finds in their features, how
+# they bear noise, and what their experts look at.
 #
 # Fashion-MNIST (`apt-get install dataset-fashion-mnist`), or the built-in emoji by their ten
 # categories where it is not installed. `TOY=1` in the environment makes every run a few steps long.
@@ -39,12 +41,8 @@ from moejax.data.fashion_mnist import PACKAGE_FOLDER
 TOY = os.environ.get("TOY") == "1"
 STEPS = 4 if TOY else 400
 FASHION = PACKAGE_FOLDER.is_dir()
-base = "vit" if FASHION else "vit:emoji"
 folder = Path(tempfile.mkdtemp())
 common = {
-    "model.ffn_hidden": (192,),
-    "model.block_pattern": ("dense", "moe"),
-    "model.moe.num_experts": 8,
     "train.steps": STEPS,
     "train.checkpoint_every": STEPS,
     "log.every": max(1, STEPS // 10),
@@ -54,6 +52,9 @@ common = {
     "eval.batches": 8,
     "eval.probe.pictures": 2000,
 }
+if not FASHION:
+    common |= {"data.source": "builtin:emoji32", "data.image_size": 32, "model.image_size": 32}
+    common |= {"objective.augment.flip": "allowed", "objective.augment.crop_padding": 2}
 if TOY:
     tiny = {"model.num_layers": 2, "model.d_model": 16, "model.ffn_hidden": (16,)}
     common |= {**tiny, "data.batch_size": 8, "eval.batches": 1, "eval.probe.pictures": 64}
@@ -62,42 +63,34 @@ if TOY:
         "eval.robustness.noise": (16.0,),
         "eval.robustness.blur": (1.0,),
     }
-hidden = common["model.ffn_hidden"][0]
 
 # %% [markdown]
 # ## Equal FLOPs
-# Two experts of half the hidden width cost what the dense layer costs. So do as many slots as
-# patches (48 for 49), with experts of two thirds of it: mixing into slots and out of them costs the
-# rest. By formula, and counted from the traced program.
+# An expert is as wide as the dense layer, and a patch has one, or one on average. Slots are fewer
+# than patches (40 for 49): mixing into slots and out of them costs the rest. By formula, and
+# counted from the traced program.
 
 # %%
 from moejax.analysis.flops import counted_flops, flops_per_token
 
-models = {
-    "dense": {"model.block_pattern": ("dense",)},
-    "top-k": {
-        "model.moe.top_k": 2,
-        "model.moe.hidden": hidden // 2,
-        "model.moe.losses": ({"name": "switch", "coefficient": 0.01},),
-    },
-    "expert choice": {
-        "model.moe.router.name": "expert_choice",
-        "model.moe.router.options.capacity_factor": 2.0,
-        "model.moe.hidden": hidden // 2,
-    },
-    "soft": {
-        "model.moe.router.name": "soft",
-        "model.moe.router.options.slots": 6 if FASHION else 8,
-        "model.moe.hidden": 2 * hidden // 3,
-        "model.moe.score.name": "cosine",
-        "model.moe.score.options.learn_scale": True,
-    },
+routers = (
+    "softmax_token",
+    "sinkhorn_token",
+    "softmax_expert",
+    "sinkhorn_expert",
+    "sparse_expert",
+    "soft",
+)
+# 48 slots for the 64 patches of an emoji.
+own = {} if FASHION else {"soft": {"model.moe.router.options.slots": 6}}
+configs = {
+    name: moejax.load_config(f"vision_routers:{name}", common | own.get(name, {}))
+    for name in ("dense", *routers)
 }
-configs = {name: moejax.load_config(base, common | own) for name, own in models.items()}
 for name, config in configs.items():
     formula, dense = flops_per_token(config), flops_per_token(configs["dense"])
     counted = counted_flops(config).forward.nominal
-    print(f"{name:14} {formula / dense:.3f} of dense by formula, {counted:.3e} FLOPs a picture")
+    print(f"{name:15} {formula / dense:.3f} of dense by formula, {counted:.3e} FLOPs a picture")
 
 # %% [markdown]
 # ## Training
@@ -134,7 +127,7 @@ for name, v in values.items():
         for k in shots
     )
     found, probed = v["eval/image/accuracy"], v["eval/probe/accuracy"]
-    print(f"{name:14} accuracy {found:.3f}, probe {probed:.3f}, {few}")
+    print(f"{name:15} accuracy {found:.3f}, probe {probed:.3f}, {few}")
 
 figure, panels = plt.subplots(1, 2, figsize=(10, 3), sharey=True)
 levels = configs["dense"].eval.robustness
@@ -181,16 +174,15 @@ source = context.pipeline.source
 spread = np.linspace(0, len(source) - 1, 64 if TOY else 512).astype(int)
 images = np.stack([source[int(i)]["image"] for i in spread])
 labels = np.asarray([source[int(i)]["label"] for i in spread])
-sparse = [name for name in models if name != "dense"]
-experts = {name: chosen(name, images) for name in sparse}
+experts = {name: chosen(name, images) for name in routers}
 
 colors = plt.get_cmap("tab10")(np.arange(8))[:, :3]
 grid, shown = run.config.model.grid, [int(np.flatnonzero(labels == c)[0]) for c in set(labels)]
-figure, panels = plt.subplots(len(sparse) + 1, len(shown), figsize=(1.3 * len(shown), 5.6))
+figure, panels = plt.subplots(len(routers) + 1, len(shown), figsize=(1.3 * len(shown), 9.8))
 for column, i in enumerate(shown):
     panels[0, column].imshow(images[i])
     panels[0, column].set_title(source.categories[labels[i]], fontsize=7)
-    for row, name in enumerate(sparse, 1):
+    for row, name in enumerate(routers, 1):
         ids = experts[name][i].reshape(grid)
         shade = np.where(ids[..., None] < 0, 0.8, colors[ids])
         tall = images[i].shape[0] // grid[0]
@@ -199,7 +191,7 @@ for column, i in enumerate(shown):
 for panel in panels.flat:
     panel.set_xticks([])
     panel.set_yticks([])
-for row, name in enumerate(["picture", *sparse]):
+for row, name in enumerate(("picture", *routers)):
     panels[row, 0].set_ylabel(name, fontsize=8)
 plt.tight_layout()
 plt.show()
@@ -211,16 +203,17 @@ plt.show()
 
 # %%
 classes = len(source.categories)
-figure, panels = plt.subplots(1, len(sparse), figsize=(4 * len(sparse), 3.4), sharey=True)
-for panel, name in zip(panels, sparse, strict=True):
+figure, panels = plt.subplots(2, 3, figsize=(12, 6.8), sharex=True, sharey=True)
+for panel, name in zip(panels.flat, routers, strict=True):
     share = np.zeros((classes, 8))
     for label in set(labels):
         own = experts[name][labels == label]
         share[label] = np.bincount(own[own >= 0], minlength=8) / own.size
     panel.imshow(share, vmin=0, vmax=share.max(), aspect="auto")
     panel.set_title(name)
+for panel in panels[1]:
     panel.set_xlabel("expert")
-panels[0].set_yticks(range(classes), source.categories, fontsize=7)
+panels[0, 0].set_yticks(range(classes), source.categories, fontsize=7)
 plt.tight_layout()
 plt.show()
 
@@ -238,4 +231,4 @@ for bin in first_fit(lengths, 100):
 
 # %% [markdown]
 # ## Change one line
-# Any other router of `moejax list routers` will do: put it into `models` above.
+# Any other router of `moejax list routers` will do: name it with its options in `own` above.

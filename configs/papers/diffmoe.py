@@ -47,6 +47,8 @@ def get_config(arg=""):
     }
     moe.update(causal_router=True, causal_router_hidden=model.d_model, causal_router_decay=0.95)
     moe.losses = ({"name": "causal_router", "coefficient": 1.0},)
+    # The weight of the capacity predictor's loss is inferred.
+    about.approximate += ("model.moe.losses",)
     if base:
         config.train.steps = 500_000
     if arg == "s":

@@ -7,12 +7,12 @@ if losses of entropy keep a modality from falling together onto one expert.
     moejax train --config limoe:emoji3m   # four art styles, twelve languages
 
 One of eight experts in every other block; each patch and word is sent to one, those of the highest
-weights first where places (1.05 times the even share) are few. Words are to be sure of their expert
-(local entropy) and to use at least three of them together, patches at least six (global entropy,
-each with its threshold); importance, load and z losses beside them. In the paper texts are to use
-some 9 of 32. Departures: thresholds scaled to eight experts, coefficients of our own, no biases in
-the blocks, positives as in ``clip``. The size is ours; the tokens of the whole batch are routed
-together. Device, minutes, recalls: not measured.
+weights first where places (1.05 times the even share of a row, the padding of its text too) are
+few. Words are to be sure of their expert (local entropy) and to use at least three of them
+together, patches at least six (global entropy, each with its threshold); importance, load and z
+losses beside them. In the paper texts are to use some 9 of 32. Departures: thresholds scaled to
+eight experts, coefficients of our own, no biases in the blocks, positives as in ``clip``. The size
+is ours; the tokens of the whole batch are routed together. Device, minutes, recalls: not measured.
 """
 
 from moejax.config import default_config, load_config_dict
@@ -41,6 +41,8 @@ def get_config(arg=""):
     )
     about.paper = "arXiv 2206.02770"
     about.approximate = ("model.d_model", "model.num_layers", "model.moe.losses")
-    about.mechanism_test = "tests/models/test_pairs.py::test_one_tower_sees_each_kind_by_itself"
+    about.mechanism_test = (
+        "tests/papers/test_limoe.py::test_without_losses_of_entropy_the_words_collapse"
+    )
     about.total_params, about.active_params = 1_891_009, 858_817
     return config

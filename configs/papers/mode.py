@@ -5,17 +5,17 @@ sampler's noise levels are known, can run at the cost of a dense model.
 
     moejax train --config mode           # or mode:small: laptop CPU, Fashion-MNIST, float32
     moejax train --config mode:policy    # the authors' size, bfloat16
+    moejax sample --workdir runs/mode --cache-experts --denoise-steps 10 --spacing exponential
 
 Four SwiGLU experts in each block, of which training draws two by their probabilities, without
 putting them back, and evaluation takes the likeliest two; weights over their sum. EDM with log-
-logistic noise levels. ``moejax.surgery.fuse.fuse_at`` makes the chosen experts of a level one wide
-dense layer; no sampler here calls it. Departures: pictures in place of a robot's actions; blocks
-told by adaLN, where the authors add the noise to what attention reads and have it as a token too;
-experts are added to their input, and to what the norm made of it there; no biases; a router of two
-matrices, twice the width, and GELU (four times, SwiGLU and biases there); the balance is a mean
-over layers there, so that its coefficient is divided here; the noise level is embedded as 1000
-times EDM's log(sigma) / 4. Device, minutes, quality: not
-measured.
+logistic noise levels. ``--cache-experts`` makes the chosen experts of each level of the sampler one
+wide dense layer. Departures: pictures in place of a robot's actions; blocks told by adaLN, where
+the authors add the noise to what attention reads and have it as a token too; experts are added to
+their input, and to what the norm made of it there; no biases; a router of two matrices, twice the
+width, and GELU (four times, SwiGLU and biases there); the balance is a mean over layers there, so
+that its coefficient is divided here; the noise level is embedded as 1000 times EDM's
+log(sigma) / 4. Device, minutes, quality: not measured.
 """
 
 from moejax.config import load_config_dict

@@ -6,8 +6,8 @@ network needs fewer samples and fewer parameters, by a factor that is polynomial
     moejax train --config pmoe           # or :small: laptop CPU, Fashion-MNIST, float32
 
 Expert choice within each picture: each of 4 experts takes 12 of the 49 patches, and weighs them by
-a softmax of its gate values over those 16. Gates begin near 0 (a standard deviation of 1e-4), so
-that all 16 begin with about 1/16. Every other block has experts; the paper's networks are
+a softmax of its gate values over those 12. Gates begin near 0 (a standard deviation of 1e-4), so
+that all 12 begin with about 1/12. Every other block has experts; the paper's networks are
 convolutional, with one such layer. The baseline is ``vit``. Device, minutes, expected accuracy: not
 measured.
 """

@@ -4,7 +4,7 @@ Claim: with the same network, data and FLOPs, the velocity of a linear interpola
 pictures than DiT's noise.
 
     moejax train --config sit            # or sit:small: laptop CPU, Fashion-MNIST, float32
-    moejax train --config sit:xl2        # the paper's sizes: s2 b2 b4 l2 xl2, bfloat16
+    moejax train --config sit:xl2        # the sizes of dit: s2 b2 b4 l2 xl2 g2, bfloat16
 
 Time runs from noise at 0 to data at 1, and is drawn evenly; all else is ``dit``'s. The sinusoids of
 the authors' code are of the time itself, here of 1,000 times that, as in DiT. Departures and what
@@ -24,6 +24,7 @@ COUNTS = {
     "b4": 130_294_336,
     "l2": 457_603_088,
     "xl2": 674_525_968,
+    "g2": 1_435_481_360,
 }
 ARGS = tuple(COUNTS)
 

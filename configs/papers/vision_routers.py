@@ -19,7 +19,7 @@ Sparse routers see eight pictures together.
 
 Departures: 8 experts for 32, in every other block, with SwiGLU; Fashion-MNIST for JFT-300M. What
 the paper does where, but for the routers, is inferred from V-MoE and the authors' code. Accuracy
-at 3e12 training FLOPs, about 80% for all: experiments/vision_routers.
+at 3e12 training FLOPs, 80.8 to 82.9%: experiments/vision_routers.
 """
 
 from moejax.config import load_config_dict

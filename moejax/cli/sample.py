@@ -29,7 +29,7 @@ _PROMPTED = ("text2image", "denoising", "guidance")
 _SETTINGS = ("seed", "temperature", "top_k", "top_p", "guidance")
 # Flags that have an effect on one kind of model alone.
 _SEQUENCE_FLAGS = ("temperature", "top_k", "top_p", "ancestral")
-_DENOISER_FLAGS = ("sampler", "shift", "spacing", "guidance_interval")
+_DENOISER_FLAGS = ("sampler", "shift", "spacing", "guidance_interval", "cache_experts")
 # What each data.order trains a model to write.
 _TRAINED = {
     "text_first": ("text2image", "unconditional"),
@@ -109,6 +109,12 @@ def run(argv: Sequence[str]) -> int:
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="times between which a diffusion model is guided; 0 is data (default: all)",
+    )
+    parser.add_argument(
+        "--cache-experts",
+        action="store_true",
+        help="of a diffusion model whose experts the noise level alone chooses: make them one "
+        "dense layer for each step before drawing",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
@@ -209,6 +215,7 @@ def _modes(args: argparse.Namespace) -> tuple[str, ...]:
 
 def _check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, config: Any) -> None:
     """UserError for a flag without an effect on this kind of model."""
+    from moejax.generate.cached_experts import check_cacheable
     from moejax.generate.denoiser import draws_pictures
 
     denoiser = draws_pictures(config)
@@ -219,6 +226,8 @@ def _check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, conf
                 f"--{name.replace('_', '-')}: is of {kind}, and has no effect on model.name="
                 f"{config.model.name}; leave it out"
             )
+    if args.cache_experts:
+        check_cacheable(config.model)
 
 
 def _possible(config: Any) -> tuple[str, ...]:
@@ -249,6 +258,7 @@ def _check_modes(modes: tuple[str, ...], possible: tuple[str, ...], config: Any)
 def _sampler(loaded: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """What pictures and texts are drawn from, and the settings that have an effect on them."""
     from moejax.generate.api import sampler_of
+    from moejax.generate.cached_experts import cached
     from moejax.generate.denoise import check_denoising
     from moejax.generate.denoiser import Drawing, check_drawing, denoiser_of, draws_pictures
 
@@ -263,10 +273,12 @@ def _sampler(loaded: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Any]
             interval=tuple(args.guidance_interval) if args.guidance_interval else None,
         )
         sampler = dataclasses.replace(sampler, drawing=check_drawing(drawing, sampler.diffusion))
+        sampler = cached(sampler) if args.cache_experts else sampler
         names = ("seed", "guidance", "denoise_steps", "shift", "spacing", "guidance_interval")
         settings = {name: getattr(args, name) for name in names}
         settings = {name: value for name, value in settings.items() if value not in ("", None)}
-        return sampler, {**settings, "sampler": drawing.sampler}
+        settings |= {"sampler": drawing.sampler, "cache_experts": bool(sampler.times)}
+        return sampler, settings
     settings = {name: getattr(args, name) for name in _SETTINGS}
     sampler = sampler_of(loaded)
     if sampler.denoising is not None:

@@ -30,12 +30,13 @@ class TextTowerConfig(TrunkConfig):
 
 @dataclasses.dataclass(frozen=True)
 class TextSizes:
-    """Where the tower of texts differs from that of pictures; 0 is as many as that has."""
+    """Where the tower of texts differs from that of pictures; 0 and "" are as that has them."""
 
     num_layers: int = 0
     d_model: int = 0
     num_heads: int = 0
     ffn_hidden: int = 0
+    ffn_activation: str = ""
     block_pattern: tuple[str, ...] = ("dense",)
 
     def __post_init__(self):
@@ -117,6 +118,7 @@ def tower_of_texts(config: Any, head: str) -> TextTowerConfig:
             "d_model": text.d_model or config.d_model,
             "num_heads": text.num_heads or config.num_heads,
             "ffn_hidden": hidden,
+            "ffn_activation": text.ffn_activation or config.ffn_activation,
             "block_pattern": text.block_pattern,
             "first_blocks": (),
             "last_blocks": (),

@@ -77,6 +77,7 @@ class PictureSampler:
       text_tokenizer: None of models that read no texts.
       drawing: how pictures are drawn unless a call says otherwise.
       batch_size: the most rows at once (the module docstring says what depends on it).
+      times: those that the model knows; () is all (moejax/generate/cached_experts.py).
     """
 
     model: Any
@@ -86,6 +87,7 @@ class PictureSampler:
     text_tokenizer: TextTokenizer | None = None
     drawing: Drawing = Drawing()
     batch_size: int = 64
+    times: tuple[float, ...] = ()
 
     @property
     def text_room(self) -> int:
@@ -238,6 +240,12 @@ def draw_pictures(
       UserError: there are no conditions, or one or a setting means nothing.
     """
     drawing = check_drawing(sampler.drawing, sampler.diffusion)
+    times = time_grid(sampler.diffusion, drawing.steps, drawing.spacing, drawing.shift)
+    require(
+        not sampler.times or {*times[:-1].tolist()} <= {*sampler.times},
+        "drawing",
+        "has other times than those that experts are cached for; cache them anew",
+    )
     count = len(conditions)
     require(
         count > 0, "conditions", "there are none; give one for each picture (None says nothing)"
@@ -276,7 +284,6 @@ def draw_pictures(
         kept.append([_decode(sampler, values[:own]) for values in found.kept])
         if progress is not None:
             progress(own)
-    times = time_grid(sampler.diffusion, drawing.steps, drawing.spacing, drawing.shift)
     strips = [np.concatenate(parts) for parts in zip(*kept, strict=True)]
     whole = np.concatenate(pictures)
     empty = np.zeros((0, *whole.shape), np.uint8)

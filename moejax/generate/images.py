@@ -17,7 +17,7 @@ _GAP = 10
 _TITLE_WIDTH = 190
 _FONT_SIZE = 13
 _LINE = 16
-_LABEL_LINES = 2  # at most
+_LABEL_LINES = 3  # at most
 _BACKGROUND, _INK, _FAINT, _RULE = "white", "#202020", "#707070", "#d8d8d8"
 
 

@@ -321,7 +321,7 @@ def write_outcome(outcome: Outcome, folder: Path, about: dict[str, Any]) -> dict
     if outcome.mode == "image2text":
         legend = ["its codes: what the image tokenizer keeps of the picture, and the model reads"]
     else:
-        legend = ["nearest: the nearest training picture and its distance (RMSE, 0 to 255)"]
+        legend = ["nearest: the nearest training picture, its distance (RMSE, 0 to 255), its name"]
     summary = [f"{name.replace('_', ' ')}: {value}" for name, value in outcome.summary.items()]
     text = "\n".join([header, *legend, *summary, *outcome.lines]) + "\n"
     document = {"mode": outcome.mode, **about, **outcome.summary, "rows": outcome.rows}
@@ -360,8 +360,10 @@ def cut_caption(sampler: Sampler | PictureSampler, text: str) -> str:
 
 
 def neighbour_tile(near: Neighbour) -> Tile:
+    """The picture, its distance and below it its name, where it has one."""
     assert near.example.image is not None
-    return Tile(near.example.image, f"nearest: {near.distance:.1f}")
+    label = f"nearest: {near.distance:.1f}\n{near.example.shown}"
+    return Tile(near.example.image, label.rstrip())
 
 
 def describe(near: Neighbour) -> str:

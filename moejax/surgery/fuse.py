@@ -2,14 +2,14 @@
 
 A router that sees the noise level alone (arXiv 2412.12953, "expert caching") chooses the same
 experts for all tokens at that level. Their hidden units side by side, with each expert's weight in
-its second matrix, are one dense layer: a sampler with given noise levels could run dense models,
-one for each level. Neither ``moejax sample`` nor ``draw_pictures`` does: call :func:`fuse_at`.
-Departure: the authors' code averages the cached experts; here they keep the weights of the router.
+its second matrix, are one dense layer: a sampler with given noise levels runs dense models, one for
+each level (moejax/generate/cached_experts.py; ``moejax sample --cache-experts``). Departure: the
+authors' code averages the cached experts; here they keep the weights of the router.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from moejax.config.checks import require
+from moejax.config.contrastive import TextSizes
 from moejax.config.moe import MoEConfig
 from moejax.config.trunk import TrunkConfig
 from moejax.surgery.layers import as_stack, layers_of
+
+Trunk = TypeVar("Trunk", bound=TrunkConfig)
 
 
 def fuse_experts(
@@ -45,19 +48,16 @@ def fuse_experts(
     return wi_df, wo_kfd.reshape(-1, d)
 
 
-def fuse_at(
-    model: TrunkConfig, params: Mapping[str, Any], aux: Mapping[str, Any]
-) -> tuple[TrunkConfig, dict]:
+def fuse_at(model: Trunk, params: Mapping[str, Any], aux: Mapping[str, Any]) -> tuple[Trunk, dict]:
     """The dense model that ``model`` is for rows whose tokens all choose as they did in ``aux``.
 
-    One for each noise level of a sampler of your own; all are of one config, so that their
-    parameters can be stacked.
+    Those of all noise levels are of one config, so that their parameters can be stacked.
 
     Args:
       model: its blocks are "moe", or "dense" ones of the width that fused experts have.
       params: its parameters, without boxes.
-      aux: of the stack, of a forward pass outside of training with ``record=True``, in which all
-        rows have one noise level.
+      aux: of a forward pass outside of training with ``record=True``, in which all rows have one
+        noise level.
 
     Returns:
       The config, with blocks "dense" alone, and its parameters.
@@ -75,9 +75,11 @@ def fuse_at(
     for name in (*names, "iterations", "pool_layers", "scale_input"):
         same = getattr(moe, name) == getattr(plain, name)
         require(same, f"model.moe.{name}", "only plain experts with weights can be fused")
+    # A model that reads texts says apart what its tower of texts did.
+    chosen = layers_of(model, aux.get("image", aux))
     layers = [
         _fused_layer(moe, layer, own.get("moe"))
-        for layer, own in zip(layers_of(model, params["stack"]), layers_of(model, aux), strict=True)
+        for layer, own in zip(layers_of(model, params["stack"]), chosen, strict=True)
     ]
     widths = {layer["ffn"]["wo_mfd"].shape[1] for layer in layers}
     activations = {moe.activation} | ({model.ffn_activation} if "dense" in kinds else set())
@@ -95,8 +97,18 @@ def fuse_at(
         ffn_hidden=(widths.pop(),),
         ffn_activation=moe.activation,
         moe=plain,
+        **_text_as_it_is(model),
     )
     return config, {**params, "stack": as_stack(config, layers)}
+
+
+def _text_as_it_is(model: Any) -> dict[str, TextSizes]:
+    """The field ``text``, where there is one, with the sizes that it takes from other fields."""
+    if not hasattr(model, "text"):
+        return {}
+    hidden = model.text.ffn_hidden or model.ffn_hidden[0]
+    activation = model.text.ffn_activation or model.ffn_activation
+    return {"text": dataclasses.replace(model.text, ffn_hidden=hidden, ffn_activation=activation)}
 
 
 def _fused_layer(moe: MoEConfig, layer: Mapping[str, Any], aux: Any) -> dict[str, Any]:
@@ -104,19 +116,20 @@ def _fused_layer(moe: MoEConfig, layer: Mapping[str, Any], aux: Any) -> dict[str
     if "moe" not in layer:
         return dict(layer)
     own, choice = layer["moe"], aux["router"]
+    experts = own["experts"]
     ids, weights = (
         np.asarray(choice[name]).reshape(-1, choice[name].shape[-1])
         for name in ("expert_ids", "weights")
     )
     # Padding has no experts.
-    ids, weights = (values[ids.min(axis=-1) < moe.num_experts] for values in (ids, weights))
+    real = ids.min(axis=-1) < len(experts["wi_edf"])
+    ids, weights = ids[real], weights[real]
     alike = len(ids) > 0 and (ids == ids[:1]).all() and np.allclose(weights, weights[:1])
     require(
         bool(alike),
         "model.moe.score.input",
         "tokens chose differently: only what is routed by the noise, at one level, can be fused",
     )
-    experts = own["experts"]
     wi_df, wo_fd = fuse_experts(
         experts["wi_edf"],
         experts["wo_efd"],

@@ -105,6 +105,27 @@ def test_experts_of_pictures_by_class_and_place(tmp_path):
     assert "<bag>" not in text
 
 
+def test_experts_of_pictures_by_noise_level(tmp_path):
+    workdir = write_run(tmp_path / "run", FIELDS)
+    of_times = np.array([[[30, 10, 0, 0], [0, 0, 0, 8]], [[2, 2, 2, 2], [0, 0, 5, 0]]])
+    record = dataclasses.replace(
+        make_record(seed=40),
+        times=np.array([0.125, 0.875]),
+        by_time=of_times,
+        time_entropy=np.array([0.375, 0.125]),
+    )
+    save_arrays(workdir, 40, {"val/routing": record.arrays()})
+    text = report(workdir)
+    shown = maps(text)
+    assert "<h3>Experts by noise level</h3>" in section(text)
+    assert "<h3>Experts by class</h3>" not in text
+    assert shown["layer 1, times"]["rows"] == ["0.125", "0.875"]
+    assert shown["layer 1, times"]["columns"] == ["0", "1", "2", "zero 0"]
+    assert shown["layer 1, times"]["values"] == [[0.75, 0.25, 0, 0], [0, 0, 0, 1]]
+    assert shown["layer 3, times"]["values"] == [[0.25] * 4, [0, 0, 1, 0]]
+    assert "0.375, 0.125 nats by layer" in text
+
+
 def test_charts_of_training_and_evaluation(workdir):
     text = report(workdir)
     page = Page(text)

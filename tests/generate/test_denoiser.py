@@ -13,9 +13,11 @@ from flax.core import meta
 from moejax.cli.main import main
 from moejax.config import load_config
 from moejax.config.diffusion import Diffusion, TimeSampling
+from moejax.data.build import open_records
 from moejax.errors import UserError
 from moejax.generate import denoiser
 from moejax.generate.denoiser import Drawing, PictureSampler, check_drawing, draw_pictures
+from moejax.generate.samples import Example, Neighbour, neighbour_tile
 from moejax.models import build_model
 from moejax.train.fidelity import FILLER, draw_denoised
 from moejax.train.loop import train
@@ -235,6 +237,44 @@ def test_texts_by_command(runs, capsys):
     assert list(modes) == ["text2image"]
     assert modes["text2image"]["rows"][0]["prompt"] == "red apple"
     assert len(modes["text2image"]["rows"][0]["samples"]) == 2
+
+
+@pytest.mark.parametrize("name, label", [("heart", "nearest: 4.2\nheart"), ("", "nearest: 4.2")])
+def test_the_nearest_picture_has_its_name_below_its_distance(name, label):
+    example = Example("train", name, name, "r1", np.zeros((1, 2, 2, 3), np.uint8))
+    assert neighbour_tile(Neighbour(example, 4.21)).label == label
+
+
+def test_names_of_records_by_command(runs, capsys):
+    """Without a prompt: held-out names and a quarter known ones, beside what is nearest to them."""
+    flags = ["--workdir", str(runs / "texts"), "--denoise-steps", "2", "--n", "8", "--json"]
+    assert main(["sample", *flags, "--mode", "text2image", "--split", "val"]) == 0
+    printed = json.loads(capsys.readouterr().out)["modes"]["text2image"]
+    folder = runs / "texts/samples/step_1"
+    rows = json.loads((folder / "text2image.json").read_text(encoding="utf-8"))["rows"]
+    assert rows == printed["rows"]
+    assert [row["group"] for row in rows] == ["val"] * 3 + ["train"]
+    data = load_config("sit:text", {**TINY, "data.sequence_length": 24}).data
+    known = {
+        split: {record["id"]: record for record in open_records(data, split)}
+        for split in ("train", "val")
+    }
+    listed = (folder / "text2image.txt").read_text(encoding="utf-8")
+    for row in rows:
+        record = known[row["group"]][row["record_id"]]
+        assert row["prompt"] == record["text"]
+        assert ("nearest_of_real" in row) == (row["group"] == "val")
+        assert len(row["samples"]) == 2
+        for near in [sample["nearest"] for sample in row["samples"]]:
+            assert near["text"] == known["train"][near["record_id"]]["text"] and near["text"]
+            assert near["distance"] > 0
+            assert f"({near['text']}), distance {near['distance']:.1f}" in listed
+    row = rows[0]
+    difference = lambda own: np.int64(own["image"]) - known["val"][row["record_id"]]["image"]
+    distances = [np.sqrt((difference(own) ** 2.0).mean()) for own in known["train"].values()]
+    assert row["nearest_of_real"]["distance"] == pytest.approx(min(distances), abs=1e-3)
+    reals = [row["nearest_of_real"]["distance"] for row in rows[:3]]
+    assert printed["median_distance_of_real"] == pytest.approx(np.median(reals), abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -83,9 +83,9 @@ def run(config: DiTConfig, batch: dict | None = None, params=None, record: bool 
     return jax.device_get(apply(own if params is None else params, batch, record))
 
 
-def experts_of(config: DiTConfig, batch: dict) -> np.ndarray:
+def experts_of(config: DiTConfig, batch: dict, params=None) -> np.ndarray:
     """[b, t, k] of the first layer."""
-    aux = run(config, batch, record=True).aux["segment_0"]["block_0"]["moe"]["router"]
+    aux = run(config, batch, params, record=True).aux["segment_0"]["block_0"]["moe"]["router"]
     return np.sort(aux["expert_ids"][0], axis=-1)
 
 
@@ -252,6 +252,23 @@ def test_what_routers_see(which):
     assert (other != experts).any() == (which != "noise")
     if which == "noise":
         np.testing.assert_array_equal(noisier, experts[::-1])
+
+
+@pytest.mark.parametrize("which", ["token", "condition"])
+def test_a_class_routes_by_what_it_says_alone(which):
+    """Classes of equal rows of the table have equal experts; of other rows they do not."""
+    config, rows = scored_by(which), 5
+    labels = np.random.default_rng(1).permutation(CLASSES).astype(np.int32)
+    plain, shuffled = make_batch(rows), make_batch(rows, labels=labels)
+    own = made(config)[2]
+    first = jnp.broadcast_to(own["label_vd"][:1], own["label_vd"].shape)
+    found = [
+        experts_of(config, batch, params)
+        for params in ({**own, "label_vd": first}, {**own, "label_vd": 4 * own["label_vd"]})
+        for batch in (plain, shuffled)
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    assert (found[2] != found[3]).any()
 
 
 def test_the_loss_of_even_routing_is_its_coefficient():

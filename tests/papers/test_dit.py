@@ -53,6 +53,19 @@ def test_experts_of_dit_moe(expert_layer, tokens, mlp):
     assert (model.moe.hidden, model.moe.shared_hidden) == (4 * model.d_model, 2 * model.d_model)
 
 
+def test_all_experts_alike_are_one_mlp_beside_the_shared(expert_layer, tokens, mlp):
+    """With every expert chosen the weights add up to 1."""
+    layer = expert_layer("dit_moe", {"model.moe.top_k": 8})
+    first = {name: leaf[:1] for name, leaf in layer.params["experts"].items()}
+    alike = {name: jnp.repeat(leaf, 8, axis=0) for name, leaf in first.items()}
+    y, aux = layer(tokens, params={**layer.params, "experts": alike})
+    np.testing.assert_allclose(aux["weights"].sum(axis=-1), 1, rtol=1e-5)
+    assert np.ptp(aux["weights"]) > 0.1
+    routed = mlp(tokens, first["wi_edf"][0], first["wo_efd"][0])
+    shared = mlp(tokens, layer.params["shared_wi_edf"][0], layer.params["shared_wo_efd"][0])
+    np.testing.assert_allclose(y, routed + shared, rtol=1e-4, atol=1e-4)
+
+
 DENOISERS = ("dit", "sit", "dit_moe", "promoe", "ec_dit", "diffmoe", "raphael", "mode")
 
 

@@ -1,6 +1,7 @@
 """Vision transformers that begin as a dense one: sparse upcycling, and experts that are slices."""
 
 import dataclasses
+import math
 
 import jax
 import numpy as np
@@ -112,3 +113,11 @@ def test_columns_that_begin_alike_divide_the_experts():
     overrides = {**TINY, "model.moe.score.options.alike": 3}
     with pytest.raises(UserError, match="score.options.alike: 3 columns .* do not divide the 8"):
         prepare_model(load_config("dynamic_dino", overrides), jax.devices()[:1])
+
+
+def test_slices_make_more_subnets_than_copies():
+    """Dynamic-DINO: C(N m, K) choices for a patch, of N copies in m slices, for C(N, K / m)."""
+    config = load_config("dynamic_dino:upcycle")
+    moe, copies, slices = config.model.moe, config.train.init_experts, config.train.init_slices
+    of_slices = math.comb(moe.num_experts, moe.top_k)
+    assert of_slices > math.comb(len(copies), moe.top_k // slices)

@@ -135,6 +135,12 @@ def test_vmoe_is_noisy_in_training_alone(tokens):
     assert drawn["losses"]["load"]["groups"] == 1
 
 
+def through_experts(experts, x_becd):
+    """What each expert makes of its own slots, SwiGLU written out."""
+    gate, up = np.split(np.einsum("becd,edf->becf", x_becd, experts["wi_edf"]), 2, axis=-1)
+    return np.einsum("becf,efd->becd", np.asarray(jax.nn.silu(gate)) * up, experts["wo_efd"])
+
+
 def test_soft_moe_mixes_all_patches(tokens):
     """``y = C f(D^T x)`` with softmaxes of scaled cosines, written out; sparse routing does not."""
     layer = Layer("soft_moe")
@@ -148,9 +154,7 @@ def test_soft_moe_mixes_all_patches(tokens):
         np.asarray(jax.nn.softmax(logits, axis=axis)).reshape(B, T, E, -1) for axis in (1, 2)
     )
     slots = np.einsum("btec,btd->becd", dispatch, x)
-    gate, up = np.split(np.einsum("becd,edf->becf", slots, experts["wi_edf"]), 2, axis=-1)
-    out = np.einsum("becf,efd->becd", np.asarray(jax.nn.silu(gate)) * up, experts["wo_efd"])
-    expected = np.einsum("btec,becd->btd", combine, out)
+    expected = np.einsum("btec,becd->btd", combine, through_experts(experts, slots))
     np.testing.assert_allclose(y, expected, atol=1e-4)
 
     last = tokens.at[0, -1].add(1.0)
@@ -162,11 +166,14 @@ def test_soft_moe_mixes_all_patches(tokens):
 
 
 def test_soft_moe_with_scale_zero_gives_every_slot_the_mean(tokens):
-    """And every patch of a picture the same output."""
+    """And every patch of a picture the mean of what the experts make of it."""
     layer = Layer("soft_moe")
-    router = {**layer.params["router"], "scale_m": jnp.zeros(1)}
-    y = layer(tokens, {**layer.params, "router": router})[0]
-    np.testing.assert_allclose(y, np.broadcast_to(y[:, :1], y.shape), atol=1e-5)
+    params = {**layer.params, "router": {**layer.params["router"], "scale_m": jnp.zeros(1)}}
+    y = layer(tokens, params)[0]
+    mean = np.asarray(tokens).mean(axis=1)[:, None, None]
+    slots = np.broadcast_to(mean, (B, E, 1, D))
+    expected = through_experts(jax.device_get(params["experts"]), slots).mean(axis=(1, 2))
+    np.testing.assert_allclose(y, np.broadcast_to(expected[:, None], y.shape), atol=1e-5)
 
 
 @pytest.mark.parametrize(

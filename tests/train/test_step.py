@@ -95,6 +95,14 @@ def test_moving_average_ramps_up_to_its_decay():
     np.testing.assert_allclose(late, 0.9 * 1 + 0.1 * 3, rtol=1e-6)
 
 
+def test_a_moving_average_without_decay_is_the_new_parameters():
+    rng = np.random.default_rng(0)
+    old, new = ({"w": jnp.asarray(rng.normal(size=5), jnp.float32)} for _ in range(2))
+    for updates in (0, 1000):
+        copied = moving_average(old, new, 0.0, jnp.int32(updates))["w"]
+        np.testing.assert_array_equal(copied, new["w"])
+
+
 def test_steps_draw_different_dropout_from_one_key(fake_data):
     """The key in the state never changes; the step is folded in."""
     config = dataclasses.replace(make_config(), model=BigramConfig(dropout=0.5))

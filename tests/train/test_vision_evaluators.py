@@ -12,6 +12,7 @@ from moejax.config import load_config
 from moejax.config.evaluation import ProbeConfig, RobustnessConfig
 from moejax.config.schema import Config, DataConfig, EvalConfig
 from moejax.config.vision import ClassificationConfig, ViTConfig
+from moejax.data.pair_pipeline import PairPipeline
 from moejax.data.pipeline import ImagePipeline
 from moejax.data.sources import SOURCES
 from moejax.errors import UserError
@@ -22,6 +23,7 @@ from moejax.train.evaluate import EvalContext, check_evaluators, eval_plans, run
 from moejax.train.linear_probe import features
 from moejax.train.linear_probe import metric_names as probe_names
 from moejax.train.robustness import metric_names as robustness_names
+from moejax.train.setup import prepare_model
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 CLASSES = 4
@@ -100,6 +102,62 @@ def test_linear_probe_finds_the_quarter():
     assert values["probe/accuracy"] == values["probe/1_shot"] == pytest.approx(1 / 4)
 
 
+class Named(Pictures):
+    """With a number as its text, which says nothing of the class."""
+
+    def _record(self, i, label):
+        return {**super()._record(i, label), "text": str(i)}
+
+    def text_at(self, index):
+        return self[index]["text"]
+
+
+PAIRS = {
+    "model.image_size": 8,
+    "model.patch_size": 4,
+    "model.vocab_size": 272,
+    "model.text_length": 8,
+    "model.d_model": 16,
+    "model.num_heads": 2,
+    "model.num_layers": 2,
+    "model.ffn_hidden": (24,),
+    "model.kernel_backend": "reference",
+    "data.image_size": 8,
+    "data.batch_size": 8,
+    "data.sequence_length": 8,
+    "data.text_tokenizer": "bytes",
+    "eval.metrics": ("linear_probe",),
+}
+
+
+@pytest.mark.parametrize("name", ["clip", "limoe"])
+def test_linear_probe_of_pictures_with_texts(name):
+    """Features are the pictures' embeddings, whatever their texts; labels are those of pictures."""
+    config = load_config(name, PAIRS)
+    check_evaluators(config)
+    train, test = Named([*range(4)] * 48, "train"), Named([*range(4)] * 10 + [None, 3], "val")
+    setup = prepare_model(config, jax.devices()[:1])
+    with jax.set_mesh(setup.mesh):
+        params = setup.recipe.create().params
+    pipelines = (PairPipeline(config, test), PairPipeline(config, train))
+    context = setup.eval_context(params, *pipelines)
+    values = evaluated("linear_probe", context).values
+    assert set(values) == set(probe_names(config))
+    assert values["probe/majority_accuracy"] == pytest.approx(10 / 41)
+    # Of a model without any training.
+    assert 0.5 < values["probe/accuracy"] <= 1 and 0.3 < values["probe/10_shot"] <= 1
+
+    with jax.set_mesh(context.mesh):
+        found = features(context, test, np.arange(len(test)))
+        batch, on_device = next(context.batches())
+        apply = jax.jit(lambda params, batch: context.model.apply({"params": params}, batch).image)
+        image = np.asarray(apply(params, on_device))
+    assert batch["index"].tolist() == [*range(8)] and len(found.labels_n) == 41
+    assert found.labels_n[:8].tolist() == [*range(4)] * 2
+    np.testing.assert_allclose(found.x_nd[:8], image, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(found.x_nd, axis=-1), 1, rtol=1e-5)
+
+
 def test_the_split_chooses_nothing(monkeypatch):
     """Other labels of the split give the same penalty, which training pictures choose."""
     seen = []
@@ -161,6 +219,13 @@ def test_mistakes():
         check_evaluators(load_config("quickstart", {"eval.metrics": ("linear_probe",)}))
     with pytest.raises(UserError, match="eval.metrics: 'robustness' needs a model with classes"):
         check_evaluators(load_config("tokenizer_kl", {"eval.metrics": ("robustness",)}))
+    with pytest.raises(UserError, match="eval.metrics: 'robustness' .* use 'task_accuracy'"):
+        check_evaluators(load_config("modular_vision", {"eval.metrics": ("robustness",)}))
+    packed = DataConfig(format="images", image_size=8, image_sizes=(4, 8), max_patches=4)
+    evaluation = EvalConfig(metrics=("robustness",))
+    config = Config(model=MODEL, data=packed, objective=ClassificationConfig(), eval=evaluation)
+    with pytest.raises(UserError, match="eval.metrics: 'robustness' needs pictures of one size"):
+        check_evaluators(config)
     with pytest.raises(UserError, match="eval.probe.source: 'tuxpaint' is not KIND:NAME"):
         ProbeConfig(source="tuxpaint")
     with pytest.raises(UserError, match="eval.probe.shots: "):
