@@ -90,7 +90,7 @@ def expert_choice(
     2503.14487, those of the whole batch.
 
     Expert e takes ``capacity_factor * (tokens that may choose e) / (experts that those may choose,
-    on average)``, rounded, and at least one, as in ProMoE's code. Padding is no token.
+    on average)``, rounded. Padding is no token.
 
     With a ``plan`` an expert takes the tokens of which the plan gives it most (arXiv 2401.15969):
     a plan knows that each token has as much to give as any other, so that tokens are left out more
@@ -109,8 +109,7 @@ def expert_choice(
         the "plan".
       noise: on logits in training; "logistic" is Gumbel-sigmoid.
       noise_scale: multiplies the noise.
-      rounding: "up", or "down": where no expert's share is below one token, never more than
-        capacity_factor * tokens in all.
+      rounding: "up", or "down": never more than capacity_factor * tokens in all.
       plan: "sinkhorn", the balanced plan of the logits (:func:`moejax.routing.normalise.sinkhorn`);
         "sparse", the plan of the scores in which an expert has no more tokens than it takes
         (:func:`moejax.routing.transport.sparse_transport`); "": the scores themselves.
@@ -206,15 +205,12 @@ def _competing(
         share_se = tokens_se / (jnp.maximum(choices_se, 1) / jnp.maximum(tokens_se, 1))
         exact = factor * share_se
         quota = jnp.ceil(exact - _SLACK) if rounding == "up" else jnp.floor(exact + _SLACK)
-        # One at least, unless there is none.
-        yield here, jnp.clip(quota.astype(jnp.int32), 1, tokens_se)
+        yield here, quota.astype(jnp.int32)
 
 
 def _most(inputs: RouterInputs, factor: float, per_modality: bool, rounding: str) -> int:
-    """A bound of the choices in one group: the quotas' sum, each more by less than one."""
+    """A bound of the choices in one group: the quotas' sum, each rounded by less than one."""
     n, e = inputs.logits.shape[1], inputs.num_routed
-    quotas, most = e * _classes(inputs, per_modality), factor * n
-    if rounding == "down" and inputs.allowed is None and not per_modality:
-        # All quotas are equal: either none is more than its share, or all are one.
-        return min(n * e, max(e, int(most + quotas * _SLACK)))
-    return min(n * e, int(most + quotas))
+    quotas = e * _classes(inputs, per_modality)
+    more = quotas if rounding == "up" else quotas * _SLACK
+    return min(n * e, int(factor * n + more))

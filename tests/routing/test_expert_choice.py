@@ -53,19 +53,6 @@ def test_counts_are_the_capacity(run, make_inputs, factor, per_expert):
     )
 
 
-def test_an_expert_takes_one_token_at_least(run, make_inputs):
-    """Of five by six experts, rounded down (ProMoE's max(1, int(S / E * K))); of none, none."""
-    plan = run(expert_choice, make_inputs(n=5, padding=5), rounding="down")
-    np.testing.assert_array_equal(taken(plan).sum(axis=1), [[1] * E, [0] * E])
-    assert plan.max_choices == E
-    # Of one text token and nine of pictures, each by three experts: twelve choices by ten tokens.
-    modality = np.int32([[0] + [1] * 9])
-    inputs = make_inputs(s=1, n=10, padding=0, modality=modality, allowed=TABLE[modality])
-    plan = run(expert_choice, inputs, rounding="down")
-    np.testing.assert_array_equal(taken(plan).sum(axis=1), [[1] * 3 + [3] * 3])
-    assert plan.max_choices >= 12
-
-
 def test_of_equal_scores_the_earlier_token_is_taken(run, make_inputs):
     plan = run(expert_choice, make_inputs(logits=np.zeros((2, 12, E), np.float32)))
     np.testing.assert_array_equal(taken(plan)[0].sum(axis=1), [E, E] + [0] * 10)
