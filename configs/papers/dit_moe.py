@@ -12,8 +12,8 @@ softmax over all, which is not divided by their sum, and the shared ones are one
 width, as in the authors' code. The loss of balance is 0.01 at best, in each layer, over all patches
 of the batch. ``upcycle`` has twice the experts, all copies of the first one of the run that it
 begins from. As in the code s and b are DDPM like ``dit``, the others, and the laptop's, rectified
-flow with time logit-normal. Departures and what the sizes are for: as ``dit`` says. Device,
-minutes, quality: not measured.
+flow with time logit-normal. Departures and what the sizes are for: as ``dit`` says. Quality,
+small, at equal FLOPs, on two CPU cores: experiments/dit_moe.
 """
 
 from moejax.config import load_config_dict

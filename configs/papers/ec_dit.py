@@ -9,8 +9,8 @@ parts get more experts, and diffusion transformers can be made as large as 97B p
 Each of eight experts takes an eighth of a picture's patches, those of its largest softmax scores,
 which are weights too; every other block has experts. EC-DiT itself is told texts and has no public
 code: what stands here is the baseline of ProMoE's repository (arXiv 2510.24711), with labels, and
-rectified flow with time logit-normal. Departures: else as ``dit`` says. Device, minutes, quality:
-not measured.
+rectified flow with time logit-normal. Departures: else as ``dit`` says. Quality,
+small, at equal FLOPs, on two CPU cores: experiments/dit_moe.
 """
 
 from moejax.config import load_config_dict

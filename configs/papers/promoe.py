@@ -13,8 +13,8 @@ as wide as a dense layer. A patch has one expert, with its cosine to the prototy
 it is; without a label the weight is 1. By ``ec`` an expert takes a twelfth of each picture's
 patches, and the loss is of each picture; the authors advise it for DDPM, and have it in their code
 with rectified flow, as here. Time logit-normal, no loss of balance. Departures: the authors'
-network predicts a variance too, which is not used; else as ``dit`` says. Device, minutes, quality:
-not measured.
+network predicts a variance too, which is not used; else as ``dit`` says. Quality,
+small, at equal FLOPs, on two CPU cores: experiments/dit_moe.
 """
 
 from moejax.config import load_config_dict

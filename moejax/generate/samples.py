@@ -316,7 +316,7 @@ def write_outcome(outcome: Outcome, folder: Path, about: dict[str, Any]) -> dict
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = {kind: folder / f"{outcome.mode}.{kind}" for kind in ("png", "txt", "json")}
-    settings = ", ".join(f"{name} {value}" for name, value in about.items())
+    settings = ", ".join(f"{name} {value}" for name, value in about.items() if value is not False)
     header = f"{TITLES[outcome.mode]}: {settings}"
     if outcome.mode == "image2text":
         legend = ["its codes: what the image tokenizer keeps of the picture, and the model reads"]
