@@ -12,7 +12,8 @@ few. Words are to be sure of their expert (local entropy) and to use at least th
 together, patches at least six (global entropy, each with its threshold); importance, load and z
 losses beside them. In the paper texts are to use some 9 of 32. Departures: thresholds scaled to
 eight experts, coefficients of our own, no biases in the blocks, positives as in ``clip``. The size
-is ours; the tokens of the whole batch are routed together. Device, minutes, recalls: not measured.
+is ours; the tokens of the whole batch are routed together. Measured, two CPU cores, 500 steps of
+``emoji3m``, with the losses and without: experiments/limoe.
 """
 
 from moejax.config import default_config, load_config_dict
