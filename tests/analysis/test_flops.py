@@ -210,6 +210,16 @@ def test_soft_routing_costs_its_slots():
     assert two.forward - one.forward == pytest.approx(slots * (mixing + expert), rel=1e-9)
 
 
+def test_slots_are_shared_by_the_pictures_that_there_are():
+    """A group of eight pictures in a batch of one is that picture."""
+    fields = {**SMALL_VIT, "model.moe.router.name": "soft", "data.batch_size": 1}
+    one, eight = (
+        token_flops(load_config("vit", {**fields, "model.moe.routing_group": group})).forward
+        for group in (1, 8)
+    )
+    assert one == eight
+
+
 def test_formulas_of_the_papers_at_their_sizes():
     """What the papers say of the FLOPs and the active parameters of their own models."""
     forward = lambda spec: token_flops(load_config(spec)).forward

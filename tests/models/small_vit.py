@@ -8,6 +8,18 @@ from moejax.config.vision import ViTConfig
 PATCH, SIDE, CLASSES = 4, 16, 5
 EXPERTS = MoEConfig(num_experts=4, hidden=24, routing_group=0)
 
+# The sizes of a config of pictures, with a text or without, by field.
+SMALL_FIELDS = {
+    "model.image_size": 8,
+    "model.d_model": 16,
+    "model.num_heads": 2,
+    "model.num_layers": 2,
+    "model.ffn_hidden": (24,),
+    "model.kernel_backend": "reference",
+    "data.image_size": 8,
+    "data.batch_size": 8,
+}
+
 
 def make_config(**changes) -> ViTConfig:
     config = ViTConfig(

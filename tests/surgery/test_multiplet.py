@@ -17,19 +17,13 @@ from moejax.surgery.multiplet import assemble, cluster_pairs
 from moejax.train.leaves import named_leaves
 from moejax.train.load import load
 from moejax.train.setup import prepare_model
+from tests.models.small_vit import SMALL_FIELDS
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 TINY = {
-    "model.image_size": 8,
+    **SMALL_FIELDS,
     "model.vocab_size": 20,
     "model.text_length": 6,
-    "model.d_model": 16,
-    "model.num_heads": 2,
-    "model.num_layers": 2,
-    "model.ffn_hidden": (24,),
-    "model.kernel_backend": "reference",
-    "data.image_size": 8,
-    "data.batch_size": 8,
     "data.sequence_length": 6,
 }
 

@@ -25,6 +25,7 @@ from moejax.train.evaluate import EvalContext, check_evaluators, eval_plans, run
 from moejax.train.routing_log import routing_layers
 from moejax.train.routing_pictures import draw_classes, draw_patches, draw_places
 from moejax.train.setup import prepare_model
+from tests.models.small_vit import SMALL_FIELDS
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 CLASSES, EXPERTS, PATCHES, EXTRA = 3, 4, 4, 3
@@ -146,17 +147,11 @@ class Pairs(Pictures):
 
 
 TINY = {
-    "model.image_size": 8,
+    **SMALL_FIELDS,
     "model.patch_size": 4,
-    "model.d_model": 16,
-    "model.num_heads": 2,
-    "model.num_layers": 2,
-    "model.ffn_hidden": (24,),
-    "model.kernel_backend": "reference",
     "model.moe.num_experts": EXPERTS,
     "model.moe.hidden": 8,
     "model.moe.losses": (),
-    "data.image_size": 8,
     "data.batch_size": 4,
     "eval.metrics": ("routing",),
 }

@@ -24,6 +24,7 @@ from moejax.train.linear_probe import features
 from moejax.train.linear_probe import metric_names as probe_names
 from moejax.train.robustness import metric_names as robustness_names
 from moejax.train.setup import prepare_model
+from tests.models.small_vit import SMALL_FIELDS
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 CLASSES = 4
@@ -113,17 +114,10 @@ class Named(Pictures):
 
 
 PAIRS = {
-    "model.image_size": 8,
+    **SMALL_FIELDS,
     "model.patch_size": 4,
     "model.vocab_size": 272,
     "model.text_length": 8,
-    "model.d_model": 16,
-    "model.num_heads": 2,
-    "model.num_layers": 2,
-    "model.ffn_hidden": (24,),
-    "model.kernel_backend": "reference",
-    "data.image_size": 8,
-    "data.batch_size": 8,
     "data.sequence_length": 8,
     "data.text_tokenizer": "bytes",
     "eval.metrics": ("linear_probe",),
