@@ -4,6 +4,7 @@ A test that starts a process of its own inherits these environment variables; it
 of the environment where it needs the one device of a laptop.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -38,6 +39,21 @@ _HOOK = install_import_hook(
 
 # (3,) + (2, 3) is an error: a missing axis must be written out.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Linux gives a process 65,530 mappings by default, and the one that cannot be made is a
+# segmentation fault inside XLA.
+_MANY_MAPPINGS = 16_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_make_room():
+    """Programs of the files before are let go once they hold many mappings of memory."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > _MANY_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
