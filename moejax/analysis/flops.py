@@ -323,7 +323,7 @@ def untied_block_flops(model: TrunkConfig, modality: int, length: int) -> TokenF
     """A transformer block; untied weights cost what shared ones do, narrow towers less."""
     hidden = model.ffn_hidden[modality % len(model.ffn_hidden)]
     if not model.tower_shapes:
-        return _attention(model, length) + _mlp(model, hidden) + _modulation(model, length)
+        return _attention(model, length) + _mlp(model, hidden) + _told(model, length)
     tower, h = model.tower_shapes[modality], model.head_dim
     heads = 2 * (tower.heads + tower.kv_heads) * h
     # Every token has the heads of the widest tower, be they zero.
@@ -335,14 +335,14 @@ def untied_block_flops(model: TrunkConfig, modality: int, length: int) -> TokenF
 def dense_block_flops(model: TrunkConfig, modality: int, length: int) -> TokenFlops:
     """A transformer block with everything shared: the widest feed-forward layer for all."""
     dense = _mlp(model, max(model.ffn_hidden))
-    return _attention(model, length) + dense + _modulation(model, length)
+    return _attention(model, length) + dense + _told(model, length)
 
 
 @BLOCK_FLOPS.register("moe")
 def moe_block_flops(model: TrunkConfig, modality: int, length: int) -> TokenFlops:
     """Attention and a layer of experts."""
     del modality
-    return _attention(model, length) + _experts(model, length) + _modulation(model, length)
+    return _attention(model, length) + _experts(model, length) + _told(model, length)
 
 
 @BLOCK_FLOPS.register("shortcut_moe")
@@ -378,7 +378,7 @@ def recursive_block_flops(model: TrunkConfig, modality: int, length: int) -> Tok
         layer = _inner_flops(model, modality, length if given else room)
         if given:
             # A row is told its condition once, however many of its tokens run the step.
-            layer += _modulation(model, room) + _modulation(model, length).scaled(-1)
+            layer += _told(model, room) + _told(model, length).scaled(-1)
         if given and not recursion.update_kv:
             keys_and_values = 2.0 * model.d_model * 2 * model.kv_heads * model.head_dim
             layer = dataclasses.replace(layer, weights=layer.weights - keys_and_values)
@@ -408,10 +408,28 @@ def _attention(model: TrunkConfig, length: int) -> TokenFlops:
     return TokenFlops(2.0 * projections, 4.0 * length * model.num_heads * h, 0.0)
 
 
-def _modulation(model: TrunkConfig, length: int) -> TokenFlops:
-    """The shift, the scale and the gate of two branches, once for each row."""
+def _told(model: TrunkConfig, length: int) -> TokenFlops:
+    """The shift, the scale and the gate of two branches, once for each row; and of words."""
     products = 6 * model.d_model**2 / length if model.modulated else 0.0
-    return TokenFlops(2.0 * products, 0.0, 0.0)
+    words = _words(model, length) if isinstance(model, DiTConfig) else TokenFlops(0.0, 0.0, 0.0)
+    return TokenFlops(2.0 * products, 0.0, 0.0) + words
+
+
+def _words(model: DiTConfig, length: int) -> TokenFlops:
+    """Attention to the words of a text, of which keys and values are made once for each row.
+
+    With experts of places: all of them, the gate of the words, and the sums over both.
+    """
+    words, heads, h = model.words, model.num_heads, model.head_dim
+    if not words.attend:
+        return TokenFlops(0.0, 0.0, 0.0)
+    texts, width = model.text_length, model.text_tower.d_model
+    e, d = words.num_experts, model.d_model
+    products = 2 * d * heads * h + texts * width * 2 * model.kv_heads * h / length
+    products += (6 if e else 3) * d**2 / length
+    products += e * (texts * width / length + texts + (2 if words.outside else 1) * d)
+    attention = TokenFlops(2.0 * products, 4.0 * texts * heads * h, 0.0)
+    return attention + _mlp(model, e * words.hidden, words.activation)
 
 
 def _bridges(model: TrunkConfig, tower: Tower) -> TokenFlops:

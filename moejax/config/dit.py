@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, ClassVar
 
-from moejax.config.checks import require, require_positive
+from moejax.config.checks import require, require_one_of, require_positive
 from moejax.config.contrastive import TextSizes, TextTowerConfig, tower_of_texts
 from moejax.config.diffusion import Diffusion
 from moejax.config.registry import MODEL_CONFIGS
@@ -12,6 +12,41 @@ from moejax.errors import UserError
 
 # Of pictures.
 CHANNELS = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class WordsConfig:
+    """What the patches of each block take from the words of a text (moejax/nn/words.py)."""
+
+    # Whether they look at the words, beside being told the mean of them.
+    attend: bool = False
+    # Experts of the places that words are about, if they look at them.
+    num_experts: int = 0
+    # Hidden width of an expert, and what lies between its matrices.
+    hidden: int = 0
+    activation: str = "gelu"
+    # A word is about the patches that see it more than so many times as the one that sees it most.
+    threshold: float = 0.2
+    # Whether a word adds to the other patches what its expert makes of zeros.
+    outside: bool = True
+    # In training logits get N(0, (noise / num_experts)^2).
+    noise: float = 1.0
+
+    def __post_init__(self):
+        for name in ("num_experts", "hidden", "noise"):
+            require(getattr(self, name) >= 0, f"model.words.{name}", "must not be negative")
+        require(0 <= self.threshold < 1, "model.words.threshold", "must be in [0, 1)")
+        require(
+            self.attend or not self.num_experts,
+            "model.words.num_experts",
+            "needs model.words.attend=True, which says where a word is",
+        )
+        require(
+            self.hidden > 0 or not self.num_experts,
+            "model.words.hidden",
+            f"must be positive for the {self.num_experts} experts of places",
+        )
+        require_one_of(self.activation, ("swiglu", "gelu"), "model.words.activation")
 
 
 @MODEL_CONFIGS.register("dit")
@@ -41,6 +76,7 @@ class DiTConfig(PatchesConfig):
     text_length: int = 0
     vocab_size: int = 4112
     text: TextSizes = dataclasses.field(default_factory=TextSizes)
+    words: WordsConfig = dataclasses.field(default_factory=WordsConfig)
     norm: str = "layer"
     norm_eps: float = 1e-6
     ffn_activation: str = "gelu"
@@ -65,6 +101,11 @@ class DiTConfig(PatchesConfig):
             "model.depth.group",
             "is 1: each row is told a condition of its own",
         )
+        require(
+            self.text_length > 0 or not self.words.attend,
+            "model.words.attend",
+            "needs texts (model.text_length above 0); leave it False",
+        )
         if self.text_length:
             try:
                 text = self.text_tower
@@ -74,6 +115,10 @@ class DiTConfig(PatchesConfig):
             require(
                 not text.by_modality, "model.untie", "a tower has one modality; leave all False"
             )
+
+    @property
+    def reads_words(self) -> bool:
+        return self.words.attend
 
     @property
     def out_channels(self) -> int:

@@ -156,6 +156,11 @@ class TrunkConfig:
         return 1
 
     @property
+    def reads_words(self) -> bool:
+        """Whether blocks look at the words of a text that their row is told (nn/words.py)."""
+        return False
+
+    @property
     def by_modality(self) -> bool:
         """Whether tokens of one modality meet weights that others do not."""
         return self.untie.qkv or self.untie.out or self.untie.ffn

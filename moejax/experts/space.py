@@ -10,10 +10,6 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from moejax.errors import UserError, did_you_mean
-
-OUTSIDE = ("expert", "nothing")
-
 
 def attention_masks(
     attention_btp: Float[Array, "b t p"], threshold: float = 0.2
@@ -32,7 +28,7 @@ def space_moe(
     valid_bt: Bool[Array, "b t"],
     experts: Callable[[Array], Array],
     *,
-    outside: str = "expert",
+    outside: bool = True,
 ) -> Float[Array, "b p d"]:
     """``mean_i E_{r(i)}(x * M_i)`` over the words i, ``r(i)`` the expert of the largest logit.
 
@@ -46,14 +42,9 @@ def space_moe(
         place (straight-through), which is ours: the choice itself has none.
       valid_bt: False for words that are padding. A row without words gets 0.
       experts: [b, p, d] -> [b, p, e, d], what each expert makes of each patch.
-      outside: what a word adds to patches outside of its mask: what its "expert" makes of zeros, as
-        the formula has it, or "nothing".
-
-    Raises:
-      UserError: for another ``outside``.
+      outside: whether a word adds to patches outside of its mask what its expert makes of zeros, as
+        the formula has it; else nothing.
     """
-    if outside not in OUTSIDE:
-        raise UserError(f"outside: no {outside!r}{did_you_mean(outside, OUTSIDE)}")
     e = logits_bte.shape[-1]
     probs_bte = jax.nn.softmax(logits_bte)
     choice_bte = jax.nn.one_hot(logits_bte.argmax(axis=-1), e, dtype=probs_bte.dtype)
@@ -63,7 +54,7 @@ def space_moe(
     inside_bpe = jnp.einsum("bte,btp->bpe", share_bte, masks_btp.astype(share_bte.dtype))
     inside_bpe = inside_bpe.astype(x_bpd.dtype)
     out_bpd = jnp.einsum("bpe,bped->bpd", inside_bpe, experts(x_bpd))
-    if outside == "nothing":
+    if not outside:
         return out_bpd
     of_zeros_ed = experts(jnp.zeros_like(x_bpd[:1, :1]))[0, 0]
     outside_bpe = share_bte.sum(axis=1)[:, None].astype(x_bpd.dtype) - inside_bpe

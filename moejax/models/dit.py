@@ -75,20 +75,22 @@ class DiT(PatchModel):
         batch = self._noisy(batch)
         given = {"train": train, "step": step, "record": record}
         noise_bd = NoiseEmbedding(cfg, name="noise_embedding")(batch["times"])
-        condition_bd, aux = noise_bd, {}
+        condition_bd, aux, told = noise_bd, {}, {}
         silent_b = jnp.ones(len(noise_bd), bool)
         if cfg.num_classes:
             label_bd, none_b = self._of_labels(batch["labels"])
             condition_bd, silent_b = condition_bd + label_bd, silent_b & none_b
         if cfg.text_length:
-            text_bd, none_b, aux["text"] = self._of_texts(batch, given)
-            condition_bd, silent_b = condition_bd + text_bd, silent_b & none_b
+            text_bd, words_bsz, aux["text"] = self._of_texts(batch, given)
+            said_bs = batch["tokens"] != PAD
+            told = {"words_bsz": words_bsz, "said_bs": said_bs}
+            condition_bd, silent_b = condition_bd + text_bd, silent_b & ~said_bs.any(axis=1)
         x_bpf = patchify(batch["x_t"], cfg.patch_size)
         x_bpd = self._project(x_bpf.reshape(len(x_bpf), cfg.num_patches, -1))
         vectors_pd = self._place_vectors()
         x_bpd = x_bpd if vectors_pd is None else x_bpd + vectors_pd[None]
         ctx = self._context(batch["weights"], silent_b, **given)
-        ctx = ctx.replace(condition_bd=condition_bd, noise_bd=noise_bd)
+        ctx = ctx.replace(condition_bd=condition_bd, noise_bd=noise_bd, **told)
         x_bpd, _, aux["image"] = Stack(cfg, name="stack")(constrain_tokens(x_bpd), {}, ctx)
         prediction = self._predict(x_bpd, condition_bd)
         return DiTOutput(prediction, aux if cfg.text_length else aux["image"])
@@ -117,14 +119,15 @@ class DiT(PatchModel):
         return table_vd[jnp.where(none_b, classes, labels_b)], none_b
 
     def _of_texts(self, batch: dict, given: dict) -> tuple[jax.Array, jax.Array, dict]:
-        """([b, d], which say nothing [b], aux): the mean of a text's tokens, as wide as patches."""
+        """([b, d], [b, s, z], aux): the mean of a text's tokens, as wide as patches; the tokens."""
         cfg, wide = self.config, param_dtype(self.config)
-        text_bz, aux = TextTower(cfg.text_tower, name="text")(batch, **given)
+        text_bz, words_bsz, aux = TextTower(cfg.text_tower, name="text")(batch, **given)
         drawn = partitioned(fan_in_normal((0,)), axes.EMBED, None)
         weight_zd = self.param("text_df", drawn, (text_bz.shape[-1], cfg.d_model), wide)
         text_bd = jnp.einsum("bz,zd->bd", text_bz.astype(wide), weight_zd)
         none_b = (batch["tokens"] == PAD).all(axis=1)
-        return jnp.where(none_b[:, None], self._table("no_text_td", 1), text_bd), none_b, aux
+        text_bd = jnp.where(none_b[:, None], self._table("no_text_td", 1), text_bd)
+        return text_bd, words_bsz, aux
 
     def _context(self, weights_b: jax.Array, silent_b: jax.Array, **given) -> Context:
         """All patches of a picture see each other; a patch is known by its place."""

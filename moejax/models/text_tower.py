@@ -97,8 +97,11 @@ class TextTower(nn.Module):
     @nn.compact
     def __call__(
         self, batch: dict[str, jax.Array], *, train: bool, step: jax.Array | None, record: bool
-    ) -> tuple[jax.Array, dict]:
-        """``tokens`` [b, t] i32 and ``weights`` [b] f32 of the batch -> ([b, d], aux)."""
+    ) -> tuple[jax.Array, jax.Array, dict]:
+        """``tokens`` [b, t] i32, ``weights`` [b] f32 of the batch -> ([b, d], [b, t, d], aux).
+
+        That is each text as one vector, and its tokens, normalised.
+        """
         cfg = self.config
         tokens = jnp.asarray(batch["tokens"])
         x_btd = constrain_tokens(TextEmbedding(cfg, name="embedding")(tokens))
@@ -115,4 +118,5 @@ class TextTower(nn.Module):
         )
         x_btd, _, aux = Stack(cfg, name="stack")(x_btd, {}, ctx)
         norm = Norm(cfg.norm, cfg.norm_eps, 1, param_dtype(cfg), name="final_norm")
-        return pool_text(cfg, norm(x_btd, ctx.modality_bt), ctx, "map_head"), aux
+        x_btd = norm(x_btd, ctx.modality_bt)
+        return pool_text(cfg, x_btd, ctx, "map_head"), x_btd, aux

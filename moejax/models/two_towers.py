@@ -65,7 +65,7 @@ class TwoTowers(nn.Module):
         """
         given = {"train": train, "step": step, "record": record}
         picture = ViT(self.config, name="image")(batch, **given)
-        text_bd, text_aux = TextTower(self.config.text_tower, name="text")(batch, **given)
+        text_bd, _, text_aux = TextTower(self.config.text_tower, name="text")(batch, **given)
         aux = {"image": picture.aux, "text": text_aux}
         return PairHead(self.config, name="head")(picture.pooled, text_bd, aux)
 

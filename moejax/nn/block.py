@@ -22,6 +22,7 @@ from moejax.nn.modulation import Modulation, modulate
 from moejax.nn.moe import MoE
 from moejax.nn.moe_checks import check_moe
 from moejax.nn.tower_attention import TowerAttention
+from moejax.nn.words import Words
 
 # kind -> function(config, name of the submodule) -> Linen module with the signature above
 BLOCKS: Registry = Registry("block")
@@ -32,7 +33,8 @@ class TransformerBlock(nn.Module):
 
     ``norm_placement``: "post_branch" is ``x + norm(f(x))`` (arXiv 2411.04996 eq. 3; Chameleon
     34B), "pre" is ``x + f(norm(x))``. In models with a condition ("pre" alone) norms have no scale
-    of their own and it is as moejax/nn/modulation.py says.
+    of their own and it is as moejax/nn/modulation.py says; in those that read the words of a text,
+    what these say comes in between the two (moejax/nn/words.py).
     """
 
     config: TrunkConfig
@@ -63,6 +65,8 @@ class TransformerBlock(nn.Module):
             return out
 
         x_btd = self._residual("attention_norm", x_btd, attention_branch, ctx, 0, vectors[:3])
+        if cfg.reads_words:
+            x_btd = Words(cfg, name="words")(x_btd, ctx)
         if self.experts:
             moe = MoE(cfg, name="moe")
             ffn_branch = expert_branch

@@ -19,7 +19,9 @@ class Context(struct.PyTreeNode):
     holds the weights of experts that several layers share, of which this is number ``pool_index``;
     ``depth_router`` those of a router of all blocks that skip tokens. ``ffn_gate_bt`` multiplies
     what a block's feed-forward branch adds. ``condition_bd`` is what a row is told beside its
-    tokens, of which ``noise_bd`` is how noisy they are; None for models that are told nothing. With
+    tokens, of which ``noise_bd`` is how noisy they are; None for models that are told nothing.
+    ``words_bsz`` are the tokens of a text that it is told, of another width, ``said_bs`` False for
+    padding among them. With
     ``record``, blocks give what they decided for each token in their aux, and queries beside their
     keys; with ``keep_rows`` keys and values, in training too. ``layer`` is the number of the block;
     ``row_length`` how many tokens a row is going to have, where these are the first of it;
@@ -43,6 +45,8 @@ class Context(struct.PyTreeNode):
     ffn_gate_bt: jax.Array | None = None
     condition_bd: jax.Array | None = None
     noise_bd: jax.Array | None = None
+    words_bsz: jax.Array | None = None
+    said_bs: jax.Array | None = None
     place_bc: jax.Array | None = None
     depth_router: Any = None
     pool: Any = None

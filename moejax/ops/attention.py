@@ -72,6 +72,18 @@ def attend(
     return out.swapaxes(0, 1).reshape(b, t, n, h)
 
 
+def attend_with_maps(
+    q_btnh: Float[Array, "b t n h"],
+    k_bsgh: Float[Array, "b s g h"],
+    v_bsgh: Float[Array, "b s g h"],
+    mask_bts: Bool[Array, "b t s"],
+) -> tuple[Float[Array, "b t n h"], Float[Array, "b n t s"]]:
+    """What :func:`attend` returns and what :func:`attention_maps` does, from one softmax."""
+    weights_bgnts = _weights(q_btnh, k_bsgh, mask_bts)
+    b, g, shared, t, s = weights_bgnts.shape
+    return _summed(weights_bgnts, v_bsgh), weights_bgnts.reshape(b, g * shared, t, s)
+
+
 def attention_maps(
     q_btnh: Float[Array, "b t n h"], k_bsgh: Float[Array, "b s g h"], mask_bts: Bool[Array, "b t s"]
 ) -> Float[Array, "b n t s"]:
@@ -85,12 +97,17 @@ def attention_maps(
 
 
 def _attend(q_btnh, k_bsgh, v_bsgh, mask_bts):
-    b, t, n, h = q_btnh.shape
-    s, g = k_bsgh.shape[1:3]
+    return _summed(_weights(q_btnh, k_bsgh, mask_bts), v_bsgh)
+
+
+def _summed(weights_bgnts, v_bsgh):
+    """The values by weights of [b, g, n / g, t, s]; [b, t, n, h]."""
+    b, g, shared, t, s = weights_bgnts.shape
+    h = v_bsgh.shape[-1]
     v = v_bsgh.transpose(0, 2, 1, 3).reshape(b * g, s, h)
-    weights = _weights(q_btnh, k_bsgh, mask_bts).astype(v.dtype).reshape(b * g, n // g * t, s)
-    out = jnp.einsum("brs,bsh->brh", weights, v).reshape(b, g, n // g, t, h)
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+    weights = weights_bgnts.astype(v.dtype).reshape(b * g, shared * t, s)
+    out = jnp.einsum("brs,bsh->brh", weights, v).reshape(b, g, shared, t, h)
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, g * shared, h)
 
 
 def _weights(q_btnh, k_bsgh, mask_bts):

@@ -170,6 +170,9 @@ def test_formula_of_a_vision_transformer_is_its_program(head, experts):
     assert formula.forward <= counted.forward.nominal < formula.forward * 1.002
 
 
+TOLD_A_TEXT = {"model.text_length": 6, "data.format": "pairs", "data.sequence_length": 6}
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -182,9 +185,17 @@ def test_formula_of_a_vision_transformer_is_its_program(head, experts):
             "model.recursion.share_kv": True,
             "model.depth.causal_rule": "none",
         },
-        {"model.text_length": 6, "data.format": "pairs", "data.sequence_length": 6},
+        TOLD_A_TEXT,
+        {**TOLD_A_TEXT, "model.words.attend": True, "model.text.d_model": 16},
+        {
+            **TOLD_A_TEXT,
+            "model.words.attend": True,
+            "model.words.num_experts": 3,
+            "model.words.hidden": 12,
+            "model.words.outside": False,
+        },
     ],
-    ids=["dense", "mod", "recursive", "texts"],
+    ids=["dense", "mod", "recursive", "texts", "words", "places"],
 )
 def test_formula_of_a_diffusion_transformer_is_its_program(overrides):
     """What a row is told is multiplied once for the row, not for each of its tokens."""

@@ -12,7 +12,7 @@ from flax.core import meta
 from moejax.config import freeze, load_config, load_config_dict
 from moejax.config.contrastive import TextSizes
 from moejax.config.depth import DepthConfig, RecursionConfig
-from moejax.config.dit import DiTConfig
+from moejax.config.dit import DiTConfig, WordsConfig
 from moejax.config.moe import MoEConfig, RouterConfig, ScoreConfig
 from moejax.config.vision import ViTConfig
 from moejax.data.vocabulary import PAD
@@ -315,10 +315,18 @@ def test_rows_that_fill_up_a_batch_take_no_part():
     assert np.abs(run(config, batch).prediction[:2] - expected).max() > 1e-3
 
 
-def test_texts():
+@pytest.mark.parametrize("kind", ["dense", "mod:0.5:dense", "recursive:dense"])
+@pytest.mark.parametrize("attend", [False, True])
+def test_texts(kind, attend):
     """What is written changes the prediction, padding does not; nothing written is a vector."""
     config = make_config(
-        num_classes=0, text_length=TEXT, vocab_size=40, text=TextSizes(num_layers=1, d_model=8)
+        num_classes=0,
+        text_length=TEXT,
+        vocab_size=40,
+        text=TextSizes(num_layers=1, d_model=8),
+        block_pattern=(kind,),
+        words=WordsConfig(attend=attend, num_experts=3 * attend, hidden=12),
+        **KINDS[kind],
     )
     tokens = np.int32([[20, 21, 22, PAD, PAD, PAD], [PAD] * TEXT])
     plain = run(config, make_batch(tokens=tokens)).prediction
