@@ -26,9 +26,10 @@ QUICKSTART_DIR ?= runs/quickstart
 QUICKSTART_ARGS ?=
 SAMPLE_ARGS ?=
 PYTEST_ARGS ?=
-# Tests compile on one core each, so two processes halve their time; a file stays in one of them.
+# Tests compile on one core each, so two processes halve their time; a file stays in one of them. A
+# file whose process died is begun again by a new one, and the test that ended it with it: once.
 PYTEST_WORKERS ?= 2
-PYTEST = $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile
+PYTEST = $(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadfile --max-worker-restart 1
 
 .PHONY: quickstart test test-all drill lint clean
 .DELETE_ON_ERROR:

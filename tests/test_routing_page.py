@@ -51,6 +51,7 @@ def run(folder, *argv):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_trains_with_the_router_and_shows_it(folder):
     fields = {**TINY, "model.moe.router.options.sure": 0.3}
     flags = [f"--config.{name}={value}" for name, value in fields.items()]

@@ -36,9 +36,9 @@ SMALL_VIT = {
     "model.moe.num_experts": 6,
     "model.moe.hidden": 40,
 }
-# What runs on a laptop, without :small, which is the default of its config.
+# What runs on a laptop, without :small, which is the default of its config; arguments are slow.
 LAPTOP_CONFIGS = [
-    f"{name}:{arg}"
+    pytest.param(f"{name}:{arg}", marks=[pytest.mark.slow] if arg else [])
     for name in short_names()
     for arg in config_args(name)
     if arg != "small" and load_config(f"{name}:{arg}").model.dtype == "float32"

@@ -36,6 +36,7 @@ def no_training(monkeypatch):
     return arm
 
 
+@pytest.mark.slow
 def test_two_copies_have_ratio_one_and_nothing_is_computed_twice(
     tmp_path, monkeypatch, capsys, no_training
 ):

@@ -35,6 +35,7 @@ def summary(folder):
     return json.loads((folder / "sweep.json").read_text())["points"]
 
 
+@pytest.mark.slow
 def test_points_run_go_on_and_are_summed_up(command, tmp_path, monkeypatch, capsys):
     """A signal in the first point; the same command finishes both; a third time nothing is left."""
     put_batch = loop.put_batch

@@ -100,6 +100,7 @@ def refused(flags, message, tmp_path, capsys):
     assert not workdir.exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_ones_own_trains_with_one_changed_flag(tmp_path, capsys):
     folder = write_folder(tmp_path / "pictures", count=12)
     workdir = tmp_path / "run"

@@ -169,6 +169,7 @@ def test_routing_by_more_than_the_noise_is_refused(tmp_path, capsys, name, chang
     assert "--cache-experts: " in error and message in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_by_command(tmp_path, capsys):
     """The same pictures, here of a run on a mesh; and the command says that they were cached."""
     run = {"train.steps": 1, "train.checkpoint_every": 1, "data.batch_size": 8}

@@ -58,7 +58,8 @@ def tiny(adapter: str):
     return model, params
 
 
-@pytest.mark.parametrize("adapter", ["linear", pytest.param("unet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["linear", "unet"])
 def test_denoising_with_a_cache_is_the_full_forward(adapter):
     model, params = tiny(adapter)
     noisy = np.random.default_rng(9).normal(size=(3, PATCHES, SIZE)).astype(np.float32)

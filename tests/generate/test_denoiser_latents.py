@@ -67,6 +67,7 @@ def sampler(tmp_path_factory):
     return dataclasses.replace(loaded, drawing=Drawing(steps=3, guidance=2.0), batch_size=2)
 
 
+@pytest.mark.slow
 def test_the_sampler_of_a_run_has_its_codec(sampler):
     assert isinstance(sampler.codec, PatchCodec)
     assert sampler.codec.grid == (SIDE, SIDE) and sampler.codec.size == CHANNELS

@@ -75,7 +75,7 @@ def test_the_mlp_agrees_with_the_reference(activation, wide, f, gated, first):
     close(run(backend="tpu"), run(backend="reference"))
 
 
-@pytest.mark.parametrize("how", ["on_wait", "eager"])
+@pytest.mark.parametrize("how", [pytest.param("on_wait", marks=pytest.mark.slow), "eager"])
 def test_the_whole_mlp_reads_nothing_that_is_not_there(how, monkeypatch):
     """Several tiles each way, the last cut off; memory that was not written holds NaN, as do tokens
     and cotangents of whom no choice has a weight. No kernel has a race.

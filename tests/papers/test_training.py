@@ -53,7 +53,7 @@ def test_thirty_steps(name, capsys):
     assert last < first - 1
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "moma"])
+@pytest.mark.parametrize("name", [pytest.param("deepseek_v3", marks=pytest.mark.slow), "moma"])
 def test_a_few_steps_of_a_narrow_one(name):
     first, last = losses(name, 12, NARROW)
     assert last < first - 0.3

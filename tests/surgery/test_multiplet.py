@@ -163,6 +163,7 @@ def test_routers_are_all_that_is_trained_in_the_end():
     assert changed == {name for name in before if "/router/" in name} and len(changed) == 2
 
 
+@pytest.mark.slow
 def test_from_a_run_to_experts_by_command(tmp_path, capsys):
     """Of one stage twice the model is the stage; what is there stays, and nothing is left half."""
     flags = [f"--config.{k}={v}" for k, v in TINY.items() if k not in ("model.vocab_size",)]

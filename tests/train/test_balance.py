@@ -67,7 +67,7 @@ def one_step(name: str = "experts", devices: int = 1, **changes):
     return before, jax.device_get(after), jax.device_get(metrics)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", [pytest.param("experts", marks=pytest.mark.slow), "steps"])
 def test_bias_moves_by_the_sign_of_what_is_missing_in_the_whole_batch(name, fake_data):
     found = []
     _, weight, loss = PLACES[name]
@@ -100,6 +100,7 @@ def test_bias_of_a_skipped_step_stays(fake_data):
     np.testing.assert_array_equal(bias_of(after.params), bias_of(before.params))
 
 
+@pytest.mark.slow
 def test_a_bias_that_is_frozen_by_name_stays(fake_data):
     _, after, _ = one_step(optim__freeze=("stack/",))
     assert np.all(bias_of(after.params) == 0)

@@ -41,6 +41,7 @@ def config_of(model, **depth):
     return dataclasses.replace(config, model=own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [MOD, MOR], ids=["mod", "mor"])
 def test_losses_with_and_without_sight(model, pictures, tmp_path):
     values = train(config_of(model), tmp_path / "run")

@@ -51,6 +51,7 @@ def lines_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_logs_loads_and_cuts_them_when_it_goes_on(pictures, tmp_path, capsys):
     workdir = tmp_path / "run"
     values = train(config_of_experts(), workdir)
