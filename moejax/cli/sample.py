@@ -26,10 +26,9 @@ MODES = (
 # Those of diffusion models of pictures alone, and those that a prompt goes with.
 _OF_DENOISERS = ("class2image", "denoising", "guidance")
 _PROMPTED = ("text2image", "denoising", "guidance")
-_SETTINGS = ("seed", "temperature", "top_k", "top_p", "guidance")
-# Flags that have an effect on one kind of model alone.
-_SEQUENCE_FLAGS = ("temperature", "top_k", "top_p", "ancestral")
-_DENOISER_FLAGS = ("sampler", "shift", "spacing", "guidance_interval", "cache_experts")
+# Flags that have an effect on some kinds of model alone.
+_SEQUENCE_FLAGS = ("temperature", "top_k", "top_p")
+_DENOISING_FLAGS = ("denoise_steps", "sampler", "shift", "spacing", "guidance_interval")
 # What each data.order trains a model to write.
 _TRAINED = {
     "text_first": ("text2image", "unconditional"),
@@ -43,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
     parser = command_parser(
         "sample",
         "Sample from a checkpoint: pictures of captions, captions of pictures, pictures without a\n"
-        "caption; of a diffusion model pictures of classes, strips of denoising, a sweep of the\n"
+        "caption; of diffusion models pictures of classes, strips of denoising, a sweep of the\n"
         "guidance. Writes MODE.png, .txt and .json into WORKDIR/samples/step_N, with the nearest\n"
         "training picture and its distance beside each new one.",
         config=False,
@@ -82,15 +81,12 @@ def run(argv: Sequence[str]) -> int:
         "--denoise-steps",
         type=int,
         default=50,
-        help="of pictures that are latents; the temperature and filters are for text then "
-        "(default: 50)",
-    )
-    parser.add_argument(
-        "--ancestral", action="store_true", help="draw new noise at each denoising step"
+        help="of diffusion models and of pictures that are latents in a sequence; the temperature "
+        "and filters are for text then (default: 50)",
     )
     parser.add_argument(
         "--sampler",
-        help="of a diffusion model: ddim, ddpm, euler, heun, dpmpp_2m, sde (default: ddim)",
+        help="of denoising: ddim, ddpm, euler, heun, dpmpp_2m, sde (default: ddim)",
     )
     parser.add_argument(
         "--shift",
@@ -108,7 +104,7 @@ def run(argv: Sequence[str]) -> int:
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help="times between which a diffusion model is guided; 0 is data (default: all)",
+        help="times of denoising between which there is guidance; 0 is data (default: all)",
     )
     parser.add_argument(
         "--cache-experts",
@@ -218,16 +214,26 @@ def _check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser, conf
     from moejax.generate.cached_experts import check_cacheable
     from moejax.generate.denoiser import draws_pictures
 
-    denoiser = draws_pictures(config)
-    for name in _SEQUENCE_FLAGS if denoiser else _DENOISER_FLAGS:
+    if draws_pictures(config):
+        without = dict.fromkeys(_SEQUENCE_FLAGS, "sequences")
+    else:
+        without = {"cache_experts": "a diffusion model of pictures"}
+        if not _denoises(config):
+            without |= dict.fromkeys(_DENOISING_FLAGS, "pictures that are denoised")
+    for name, kind in without.items():
         if getattr(args, name) != parser.get_default(name):
-            kind = "sequences" if denoiser else "a diffusion model of pictures"
             raise UserError(
                 f"--{name.replace('_', '-')}: is of {kind}, and has no effect on model.name="
                 f"{config.model.name}; leave it out"
             )
     if args.cache_experts:
         check_cacheable(config.model)
+
+
+def _denoises(config: Any) -> bool:
+    """Whether pictures are latents in the sequences of a model."""
+    latents = getattr(config.model, "latents", None)
+    return latents is not None and latents.channels > 0
 
 
 def _possible(config: Any) -> tuple[str, ...]:
@@ -239,7 +245,9 @@ def _possible(config: Any) -> tuple[str, ...]:
     if draws_pictures(config):
         return modes_of(config.model)
     check_can_sample(config)
-    return _TRAINED[config.data.order]
+    trained = _TRAINED[config.data.order]
+    strips = _denoises(config) and "text2image" in trained
+    return (*trained, *(("denoising", "guidance") if strips else ()))
 
 
 def _check_modes(modes: tuple[str, ...], possible: tuple[str, ...], config: Any) -> None:
@@ -248,7 +256,7 @@ def _check_modes(modes: tuple[str, ...], possible: tuple[str, ...], config: Any)
 
     denoiser = draws_pictures(config)
     for mode in modes:
-        if (denoiser and mode not in possible) or (not denoiser and mode in _OF_DENOISERS):
+        if mode not in possible and (denoiser or mode in _OF_DENOISERS):
             raise UserError(
                 f"--mode {mode}: not of model.name={config.model.name} as it is trained; use "
                 + " or ".join(possible)
@@ -259,33 +267,32 @@ def _sampler(loaded: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Any]
     """What pictures and texts are drawn from, and the settings that have an effect on them."""
     from moejax.generate.api import sampler_of
     from moejax.generate.cached_experts import cached
-    from moejax.generate.denoise import check_denoising
-    from moejax.generate.denoiser import Drawing, check_drawing, denoiser_of, draws_pictures
+    from moejax.generate.denoiser import denoiser_of, draws_pictures
+    from moejax.generate.drawing import Drawing, check_drawing
 
+    drawing = Drawing(
+        sampler=args.sampler or Drawing.sampler,
+        steps=args.denoise_steps,
+        spacing=args.spacing,
+        shift=args.shift,
+        guidance=args.guidance,
+        interval=tuple(args.guidance_interval) if args.guidance_interval else None,
+    )
+    settings = {name: getattr(args, name) for name in ("seed", "guidance")}
     if draws_pictures(loaded.config):
         sampler = denoiser_of(loaded)
-        drawing = Drawing(
-            sampler=args.sampler or Drawing.sampler,
-            steps=args.denoise_steps,
-            spacing=args.spacing,
-            shift=args.shift,
-            guidance=args.guidance,
-            interval=tuple(args.guidance_interval) if args.guidance_interval else None,
-        )
         sampler = dataclasses.replace(sampler, drawing=check_drawing(drawing, sampler.diffusion))
         sampler = cached(sampler) if args.cache_experts else sampler
-        names = ("seed", "guidance", "denoise_steps", "shift", "spacing", "guidance_interval")
-        settings = {name: getattr(args, name) for name in names}
-        settings = {name: value for name, value in settings.items() if value not in ("", None)}
-        settings |= {"sampler": drawing.sampler, "cache_experts": bool(sampler.times)}
-        return sampler, settings
-    settings = {name: getattr(args, name) for name in _SETTINGS}
-    sampler = sampler_of(loaded)
-    if sampler.denoising is not None:
-        denoising = sampler.denoising.replace(steps=args.denoise_steps, ancestral=args.ancestral)
-        sampler = dataclasses.replace(sampler, denoising=check_denoising(denoising))
-        settings |= {"denoise_steps": args.denoise_steps, "ancestral": args.ancestral}
-    return sampler, settings
+        settings["cache_experts"] = args.cache_experts
+    else:
+        sampler = sampler_of(loaded)
+        settings |= {name: getattr(args, name) for name in _SEQUENCE_FLAGS}
+        if sampler.diffusion is None:
+            return sampler, settings
+        sampler = dataclasses.replace(sampler, drawing=check_drawing(drawing, sampler.diffusion))
+    settings |= {name: getattr(args, name) for name in _DENOISING_FLAGS}
+    settings["sampler"] = drawing.sampler
+    return sampler, {name: value for name, value in settings.items() if value not in ("", None)}
 
 
 def _about_mode(about: dict[str, Any], mode: str) -> dict[str, Any]:

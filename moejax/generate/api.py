@@ -10,18 +10,21 @@ For example::
 import dataclasses
 import itertools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
+from moejax.config.checks import require
+from moejax.config.diffusion import Diffusion
 from moejax.config.schema import Config
 from moejax.data.text_tokenizer import TextTokenizer, load_text_tokenizer
 from moejax.data.token_pipeline import make_vocabulary
 from moejax.data.vocabulary import BOI, BOS, EOI, EOS, PATCH, Vocabulary
 from moejax.errors import UserError
-from moejax.generate.denoise import Denoising, check_denoising, denoise_pictures
+from moejax.generate.denoise import denoise_pictures
+from moejax.generate.drawing import Drawing, Drawn, check_drawing, check_guidance, each_of
 from moejax.generate.generate import generate
 from moejax.generate.grammar import IMAGE_ONLY, TEXT_ONLY, Grammar
 from moejax.generate.sampling import Sampling, check_sampling
@@ -42,7 +45,8 @@ class Sampler:
       text_tokenizer: text to ids and back.
       image_codec: pictures to codes and back, or to patches of latents.
       sequence_length: the longest sequence that it was trained on.
-      denoising: how pictures that are latents are drawn; None for pictures of codes.
+      diffusion: the process of pictures that are latents; None for pictures of codes.
+      drawing: how they are drawn unless a call says otherwise.
       batch_size: the most rows sampled at once; results do not depend on it.
     """
 
@@ -52,7 +56,8 @@ class Sampler:
     text_tokenizer: TextTokenizer
     image_codec: Any
     sequence_length: int
-    denoising: Denoising | None = None
+    diffusion: Diffusion | None = None
+    drawing: Drawing = Drawing()
     batch_size: int = 16
 
     @property
@@ -76,7 +81,7 @@ class Sampler:
     ) -> tuple[list[list[int]], list[np.ndarray] | None]:
         """For each picture: BOI, its tokens, EOI; and its patches of latents where it has them."""
         codes = self.image_codec.encode(np.asarray(images))
-        if self.denoising is None:
+        if self.diffusion is None:
             rows = self.vocabulary.image_ids(codes).tolist()
             return [[BOI, *row, EOI] for row in rows], None
         return [[BOI, *[PATCH] * len(row), EOI] for row in codes], list(codes)
@@ -116,7 +121,7 @@ def sampler_of(loaded: Any) -> Sampler:
         text_tokenizer=tokenizer,
         image_codec=codec,
         sequence_length=config.data.sequence_length,
-        denoising=Denoising(config.objective.process) if codec.num_codes == 0 else None,
+        diffusion=Diffusion(config.objective.process) if codec.num_codes == 0 else None,
     )
 
 
@@ -164,10 +169,11 @@ def sample_images(
       UserError: a caption that is too long, or a setting that means nothing.
     """
     sampling = check_sampling(sampling or Sampling())
+    if sampler.diffusion is not None:
+        given = {"guidance": sampling.guidance, "seed": seed, "progress": progress}
+        return draw_captions(sampler, captions, **given).pictures
     prompts = [[BOS, *sampler.encode_text(caption), BOI] for caption in captions]
     guided = bool(sampling.guidance != 1) and any(captions)
-    if sampler.denoising is not None:
-        return _denoised_images(sampler, prompts, guided, sampling, seed, progress)
     rows = _in_batches(
         sampler,
         prompts,
@@ -224,33 +230,65 @@ def caption_images(
         sampling=sampling,
         seed=seed,
         unconditional=None,
-        latents=latents,
+        of_each={} if latents is None else {"latents": latents},
         progress=progress,
     )
     # A row that did not come to its EOS has a token in its place.
     return [sampler.decode_text(row[:limit]) for row in rows]
 
 
-def _denoised_images(
+def draw_captions(
     sampler: Sampler,
-    prompts: list[list[int]],
-    guided: bool,
-    sampling: Sampling,
-    seed: int,
-    progress: Callable[[int], Any] | None,
-) -> UInt8[np.ndarray, "n h w 3"]:
-    assert sampler.denoising is not None
-    patches = _in_batches(
+    captions: Sequence[str],
+    *,
+    guidance: Sequence[float] | float | None = None,
+    seed: int = 0,
+    row_ids: Sequence[int] | None = None,
+    keep: tuple[int, ...] = (),
+    progress: Callable[[int], Any] | None = None,
+) -> Drawn:
+    """One picture that is latents for each caption, "" being none, and what it was on the way.
+
+    Args:
+      sampler: of a model whose pictures are latents.
+      captions: the texts.
+      guidance: its weight, one number or one for each row, instead of that of the sampler.
+      seed: picture i depends on (seed, ``row_ids[i]``, caption i) alone.
+      row_ids: by default 0, 1, ...; equal ones begin from the same noise.
+      keep: steps of which the implied pictures are returned too, from 0.
+      progress: called with the number of pictures done since the last call.
+
+    Raises:
+      UserError: pictures are of codes, a caption is too long, or a setting means nothing.
+    """
+    require(
+        sampler.diffusion is not None,
+        "drawing",
+        "is for pictures that are latents; those of this model are of codes (sample_images)",
+    )
+    assert sampler.diffusion is not None
+    drawing, count = check_drawing(sampler.drawing, sampler.diffusion), len(captions)
+    weights = each_of("guidance", drawing.guidance if guidance is None else guidance, count)
+    for weight in weights:
+        check_guidance(weight)
+    guided = bool((weights != 1).any()) and any(captions)
+    rows = _in_batches(
         sampler,
-        prompts,
+        [[BOS, *sampler.encode_text(caption), BOI] for caption in captions],
         run=denoise_pictures,
-        denoising=check_denoising(sampler.denoising),
-        guidance=float(sampling.guidance),
+        diffusion=sampler.diffusion,
+        drawing=drawing,
+        of_each={"guidance": weights.tolist()},
+        row_ids=None if row_ids is None else each_of("row_ids", row_ids, count).tolist(),
         seed=seed,
         unconditional=[BOS, BOI] if guided else None,
+        keep=keep,
         progress=progress,
     )
-    return sampler.image_codec.decode(np.stack(patches))
+    *kept, pictures = (sampler.image_codec.decode(patches) for patches in np.stack(rows, axis=1))
+    empty = np.zeros((0, *pictures.shape), np.uint8)
+    times = drawing.times(sampler.diffusion)[list(keep)]
+    return Drawn(pictures, np.stack(kept) if kept else empty, times)
 
 
 def continue_parts(
@@ -285,7 +323,7 @@ def continue_parts(
             f"prompt: is {longest} tokens long, which leaves {max(room, 0)} of "
             f"data.sequence_length={sampler.sequence_length} for {max_new_tokens or 'any'} more"
         )
-    if sampler.denoising is not None:
+    if sampler.diffusion is not None:
         return _continue_with_latents(
             sampler, prompts_of_parts, images, max_new_tokens or room, sampling, seed
         )
@@ -325,7 +363,7 @@ def _continue_with_latents(
     seed: int,
 ) -> list[list[Part]]:
     """Text up to a BOI, a picture denoised in its place, text again, ... (Transfusion, 3.3)."""
-    assert sampler.denoising is not None
+    assert sampler.diffusion is not None
     rows, latents = [list(row) for row, _ in prompts], [patches for _, patches in prompts]
     parts: list[list[Part]] = [[] for _ in rows]
     longest = max(map(len, rows)) + max_new_tokens
@@ -340,7 +378,7 @@ def _continue_with_latents(
         written = _in_batches(
             sampler,
             [rows[i] for i in active],
-            latents=[latents[i] for i in active],
+            of_each={"latents": [latents[i] for i in active]},
             grammar=Grammar(images=images - stage),
             max_new_tokens=max_new_tokens,
             limit=room,
@@ -358,10 +396,12 @@ def _continue_with_latents(
             sampler,
             [rows[i] for i in active],
             run=denoise_pictures,
-            latents=[latents[i] for i in active],
-            denoising=sampler.denoising,
+            of_each={"latents": [latents[i] for i in active]},
+            diffusion=sampler.diffusion,
+            drawing=check_drawing(sampler.drawing, sampler.diffusion),
             **shared,
         )
+        drawn = [patches[-1] for patches in drawn]
         pictures = sampler.image_codec.decode(np.stack(drawn))
         for i, patches, picture in zip(active, drawn, pictures, strict=True):
             rows[i] += [PATCH] * len(patches) + [EOI]
@@ -398,14 +438,17 @@ def _in_batches(
     unconditional: list[int] | None,
     progress: Callable[[int], Any] | None,
     run: Callable[..., Any] | None = None,
-    latents: list[np.ndarray] | None = None,
+    row_ids: Sequence[int] | None = None,
+    of_each: Mapping[str, Sequence[Any]] | None = None,
     **options: Any,
 ) -> list[np.ndarray]:
     """What ``run`` (default: the tokens that are written) makes of each prompt.
 
-    Every batch has the shape of the first.
+    Every batch has the shape of the first. ``of_each`` are more arguments of it that have a value
+    for each prompt; row i draws by the number ``row_ids[i]``, by default i.
     """
     size = min(sampler.batch_size, len(prompts))
+    ids = range(len(prompts)) if row_ids is None else row_ids
     rows: list[np.ndarray] = []
     for start in range(0, len(prompts), max(size, 1)):
         # Rows do not depend on each other, so the last batch is filled up with any.
@@ -415,9 +458,9 @@ def _in_batches(
             sampler.params,
             sampler.vocabulary,
             [prompts[i] for i in chosen],
-            row_ids=range(start, start + size),
+            row_ids=[ids[i] for i in chosen],
             unconditional=None if unconditional is None else [unconditional] * size,
-            latents=None if latents is None else [latents[i] for i in chosen],
+            **{name: [each[i] for i in chosen] for name, each in (of_each or {}).items()},
             **options,
         )
         count = min(size, len(prompts) - start)

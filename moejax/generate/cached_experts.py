@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from moejax.config.checks import require
 from moejax.config.dit import DiTConfig
 from moejax.data.vocabulary import BOS, EOS
-from moejax.generate.denoiser import PictureSampler, check_drawing
+from moejax.generate.denoiser import PictureSampler
+from moejax.generate.drawing import check_drawing
 from moejax.models.dit import DiT, build_dit
 from moejax.ops.diffusion import network_input
-from moejax.ops.diffusion_times import time_grid
 from moejax.parallel.mesh import mesh_of
 from moejax.routing import ROUTERS
 from moejax.surgery.fuse import fuse_at
@@ -66,7 +66,7 @@ def cached(sampler: PictureSampler) -> PictureSampler:
     check_cacheable(sampler.model.config)
     drawing = check_drawing(sampler.drawing, sampler.diffusion)
     # No sampler asks the network about the last time, 0.
-    times_n = time_grid(sampler.diffusion, drawing.steps, drawing.spacing, drawing.shift)[:-1]
+    times_n = drawing.times(sampler.diffusion)[:-1]
     _, levels_n = network_input(sampler.diffusion, jnp.asarray(times_n), jnp.asarray(times_n))
     with mesh_of(sampler.params):
         dense, params = _fuse_levels(sampler, levels_n)

@@ -1,5 +1,6 @@
 """Pictures of latents after a prompt: noise in the places of their patches, denoised there."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -7,50 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Float
 
 from moejax.config.diffusion import Diffusion
 from moejax.data.vocabulary import PATCH, Vocabulary
-from moejax.errors import UserError
+from moejax.generate.drawing import LATENT_CLIP, Drawing, told_of
 from moejax.generate.generate import pad_prompts, place_latents, prefill
 from moejax.generate.sampling import row_keys
-from moejax.ops.diffusion_times import time_grid
-from moejax.ops.samplers import guide, row_noise, sample
+from moejax.ops.samplers import guided, row_noise, sample
 from moejax.parallel.mesh import mesh_of
-
-# Latents have unit variance; a data point this far out is an error of the prediction.
-_CLIP = 4.0
-
-
-class Denoising(struct.PyTreeNode):
-    """How pictures are denoised.
-
-    Attributes:
-      process: "ddpm" or "flow" (moejax.ops.diffusion), that of training.
-      steps: of the sampler, evenly spread over the times.
-      ancestral: draw new noise at each step, instead of the deterministic sampler.
-    """
-
-    process: str = struct.field(pytree_node=False)
-    steps: int = struct.field(pytree_node=False, default=50)
-    ancestral: bool = struct.field(pytree_node=False, default=False)
-
-    @property
-    def diffusion(self) -> Diffusion:
-        """The process with all its fields."""
-        return Diffusion(self.process)
-
-
-def check_denoising(denoising: Denoising) -> Denoising:
-    """UserError naming the flag for a number of steps that cannot be; returns ``denoising``."""
-    if denoising.steps < 1:
-        raise UserError(f"--denoise-steps: must be positive, got {denoising.steps}")
-    try:
-        time_grid(denoising.diffusion, denoising.steps)
-    except ValueError as error:
-        raise UserError(f"--denoise-steps: {error}") from error
-    return denoising
 
 
 def denoise_pictures(
@@ -59,14 +25,18 @@ def denoise_pictures(
     vocabulary: Vocabulary,
     prompts: Sequence[Sequence[int]],
     *,
-    denoising: Denoising,
-    guidance: float = 1.0,
+    diffusion: Diffusion,
+    drawing: Drawing,
+    guidance: Sequence[float] | None = None,
     seed: int = 0,
     row_ids: Sequence[int] | None = None,
     latents: Sequence[np.ndarray] | None = None,
     unconditional: Sequence[Sequence[int]] | None = None,
-) -> Float[np.ndarray, "b p z"]:
+    keep: tuple[int, ...] = (),
+) -> Float[np.ndarray, "b k p z"]:
     """The patches of one picture after each prompt; compiles once for each shape.
+
+    They are the last of k; before it come the implied ones at the steps to ``keep``.
 
     The keys and values of the prompt are computed once; those of the patches anew at each step,
     over the same places (Transfusion, arXiv 2408.11039, section 3.3).
@@ -76,18 +46,21 @@ def denoise_pictures(
       params: its parameters.
       vocabulary: ids of its tokens.
       prompts: token ids of each row, from BOS up to a BOI.
-      denoising: process and steps.
-      guidance: weight w of ``uncond + w (cond - uncond)`` on the predictions.
+      diffusion: the process of the training.
+      drawing: sampler, times and guidance.
+      guidance: for each row its weight, instead of that of ``drawing``.
       seed: of all rows; row i gets the noise of ``row_ids[i]``, whatever the other rows are.
       row_ids: by default 0, 1, ...
       latents: clean patches of the earlier pictures of each prompt, [patches, z] in their order.
       unconditional: for guidance, each row's prompt without the condition.
+      keep: steps, from 0.
     """
     rows = list(prompts)
     before = list(latents) if latents is not None else None
-    branches = 1
+    weight_b = None
     if unconditional is not None:
-        branches = 2
+        given = drawing.guidance if guidance is None else guidance
+        weight_b = jnp.broadcast_to(jnp.asarray(given, jnp.float32), (len(prompts),))
         rows = [branch for pair in zip(prompts, unconditional, strict=True) for branch in pair]
         if before is not None:
             before = [branch for row in before for branch in (row, row[:0])]
@@ -102,14 +75,16 @@ def denoise_pictures(
             lengths,
             None if before is None else place_latents(tokens, before, model.config.latents.size),
             row_keys(seed, np.arange(count) if row_ids is None else np.asarray(row_ids)),
-            guidance,
-            denoising,
-            branches=branches,
+            weight_b,
+            diffusion=diffusion,
+            # Another weight compiles nothing.
+            drawing=dataclasses.replace(drawing, guidance=1.0),
+            keep=keep,
         )
     return np.asarray(patches, np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "vocabulary", "branches"))
+@functools.partial(jax.jit, static_argnames=("model", "vocabulary", "diffusion", "drawing", "keep"))
 def _denoise(
     model,
     params,
@@ -118,29 +93,33 @@ def _denoise(
     length_b,
     latents_btz,
     key_b,
-    guidance,
-    denoising: Denoising,
+    weight_b,
     *,
-    branches: int,
+    diffusion: Diffusion,
+    drawing: Drawing,
+    keep: tuple[int, ...],
 ) -> Array:
     latents = model.config.latents
-    shape = (latents.tokens_per_image, latents.size)
     capacity = tokens_bt.shape[1]
     _, cache = prefill(model, params, vocabulary, tokens_bt, length_b, capacity, latents_btz)
 
-    def network(x_bpz: Array, time_b: Array) -> Array:
-        rows = predict(model, params, cache, jnp.repeat(x_bpz, branches, axis=0), time_b[0])
-        return guide(rows[::2], rows[1::2], guidance) if branches == 2 else rows
+    def network(x_bpz: Array, time_b: Array, told: dict) -> Array:
+        # What a row is told is in the cache, with both branches of a row next to each other.
+        del told
+        return predict(model, params, cache, x_bpz, time_b[0])
 
-    return sample(
-        denoising.diffusion,
-        "ddpm" if denoising.ancestral else "ddim",
-        network,
-        row_noise(key_b, 0, shape),
-        time_grid(denoising.diffusion, denoising.steps),
+    weight = 1.0 if weight_b is None else weight_b
+    samples = sample(
+        diffusion,
+        drawing.sampler,
+        guided(network, {}, {}, weight, interval=told_of(diffusion, drawing.interval)),
+        row_noise(key_b, 0, (latents.tokens_per_image, latents.size)),
+        drawing.times(diffusion),
         key_b,
-        clip=_CLIP,
-    ).final
+        clip=LATENT_CLIP,
+        keep=keep,
+    )
+    return jnp.concatenate([samples.kept, samples.final[None]]).swapaxes(0, 1)
 
 
 def predict(model, params, cache, x_bpz: Array, time: Array) -> Array:

@@ -12,7 +12,6 @@ depends on the others of its batch too, and so on ``batch_size``.
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, UInt8
 
 from moejax.config.checks import require
 from moejax.config.diffusion import Diffusion
@@ -28,41 +27,24 @@ from moejax.config.schema import Config, DiTConfig
 from moejax.data.text_tokenizer import TextTokenizer, load_text_tokenizer
 from moejax.data.vocabulary import BOS, EOS, NUM_SPECIAL, PAD
 from moejax.errors import UserError
+from moejax.generate.drawing import (
+    LATENT_CLIP,
+    PIXEL_CLIP,
+    Drawing,
+    Drawn,
+    check_drawing,
+    check_guidance,
+    each_of,
+    told_of,
+)
 from moejax.generate.sampling import row_keys
 from moejax.models.autoencoder import to_uint8
 from moejax.models.picture_codec import load_picture_codec
-from moejax.ops.diffusion import network_input
-from moejax.ops.diffusion_times import time_grid
-from moejax.ops.samplers import SAMPLERS, guided, row_noise, sample
+from moejax.ops.samplers import guided, row_noise, sample
 from moejax.parallel.mesh import mesh_of
-
-# How far an implied data point may lie from 0: pixels are in [-1, 1], latents have unit variance.
-PIXEL_CLIP, LATENT_CLIP = 1.0, 4.0
 
 # What a picture is to show: the number of a class, a text, or nothing (None or "").
 Condition = int | str | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawing:
-    """How pictures are drawn.
-
-    Attributes:
-      sampler: of moejax.ops.samplers.
-      steps: of the sampler.
-      spacing: of its times (moejax.ops.diffusion_times.time_grid); "" is the process's own.
-      shift: of its times; above 1 it stays longer where there is much noise. 1 for "edm".
-      guidance: weight w of ``uncond + w (cond - uncond)``.
-      interval: lowest and highest time t (moejax/ops/diffusion.py, whatever the network is told) at
-        which guidance works (arXiv 2404.07724); None: all.
-    """
-
-    sampler: str = "ddim"
-    steps: int = 50
-    spacing: str = ""
-    shift: float = 1.0
-    guidance: float = 1.0
-    interval: tuple[float, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,21 +111,6 @@ class PictureSampler:
         return np.pad(np.asarray(row, np.int32), (0, self.text_room + 2 - len(row)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-    """Pictures, and what they looked like on the way.
-
-    Attributes:
-      pictures: [n, h, w, 3] uint8.
-      kept: [k, n, h, w, 3] uint8, the implied pictures at the steps that were asked for.
-      times: [k], the times of these steps.
-    """
-
-    pictures: UInt8[np.ndarray, "n h w 3"]
-    kept: UInt8[np.ndarray, "k n h w 3"]
-    times: Float[np.ndarray, " k"]
-
-
 def load_denoiser(workdir: str | os.PathLike, step: int | None = None) -> PictureSampler:
     """The model of a run at ``step`` (default: the newest checkpoint), ready to draw.
 
@@ -180,38 +147,6 @@ def denoiser_of(loaded: Any) -> PictureSampler:
     )
 
 
-def check_drawing(drawing: Drawing, diffusion: Diffusion) -> Drawing:
-    """UserError naming the flag for what cannot be; returns ``drawing``."""
-    SAMPLERS.get(drawing.sampler, field="--sampler")
-    require(drawing.steps >= 1, "--denoise-steps", f"must be positive, got {drawing.steps}")
-    _check_guidance(drawing.guidance)
-    shift = drawing.shift
-    require(0 < shift < math.inf, "--shift", f"must be positive and finite, got {shift}")
-    require(
-        diffusion.process != "edm" or shift == 1,
-        "--shift",
-        "leave it 1 for 'edm', whose times are noise levels (--spacing)",
-    )
-    if drawing.interval is not None:
-        low, high = drawing.interval
-        require(
-            0 <= low < high,
-            "--guidance-interval",
-            f"need 0 <= the lower time < the higher one, got {low} and {high}",
-        )
-    try:
-        time_grid(diffusion, drawing.steps, drawing.spacing, shift)
-    except UserError as error:
-        raise UserError(f"--spacing: {error}") from error
-    except ValueError as error:
-        raise UserError(f"--denoise-steps: {error}") from error
-    return drawing
-
-
-def _check_guidance(weight: float) -> None:
-    require(0 <= weight < math.inf, "--guidance", f"must be 0 or more, got {weight}")
-
-
 def draw_pictures(
     sampler: PictureSampler,
     conditions: Sequence[Condition],
@@ -240,7 +175,7 @@ def draw_pictures(
       UserError: there are no conditions, or one or a setting means nothing.
     """
     drawing = check_drawing(sampler.drawing, sampler.diffusion)
-    times = time_grid(sampler.diffusion, drawing.steps, drawing.spacing, drawing.shift)
+    times = drawing.times(sampler.diffusion)
     require(
         not sampler.times or {*times[:-1].tolist()} <= {*sampler.times},
         "drawing",
@@ -252,10 +187,10 @@ def draw_pictures(
     )
     given = sampler.conditions(conditions)
     nothing = sampler.conditions([None] * count)
-    ids = _each("row_ids", range(count) if row_ids is None else row_ids, count)
-    guidance_b = _each("guidance", drawing.guidance if guidance is None else guidance, count)
+    ids = each_of("row_ids", range(count) if row_ids is None else row_ids, count)
+    guidance_b = each_of("guidance", drawing.guidance if guidance is None else guidance, count)
     for weight in guidance_b:
-        _check_guidance(weight)
+        check_guidance(weight)
     plain = bool((guidance_b == 1).all())
     size = sampler.batch_size if fill else min(sampler.batch_size, count)
     pictures, kept = [], []
@@ -290,14 +225,6 @@ def draw_pictures(
     return Drawn(whole, np.stack(strips) if strips else empty, times[list(keep)])
 
 
-def _each(name: str, values: Any, count: int) -> np.ndarray:
-    """One of the values for each of ``count`` pictures; UserError if there are more or fewer."""
-    values = np.asarray(values)
-    if values.shape not in ((), (count,)):
-        raise UserError(f"{name}: {count} pictures, and {len(values)} of these; give one for each")
-    return np.broadcast_to(values, (count,))
-
-
 @functools.partial(jax.jit, static_argnames=("model", "diffusion", "drawing", "clip", "keep"))
 def _draw(
     model,
@@ -321,20 +248,11 @@ def _draw(
     weight = 1.0 if weight_b is None else weight_b
     shape = (cfg.image_size, cfg.image_size, cfg.in_channels)
     steered = guided(
-        network, condition, no_condition, weight, interval=_told(diffusion, drawing.interval)
+        network, condition, no_condition, weight, interval=told_of(diffusion, drawing.interval)
     )
-    times = time_grid(diffusion, drawing.steps, drawing.spacing, drawing.shift)
+    times = drawing.times(diffusion)
     noise = row_noise(key_b, 0, shape)
     return sample(diffusion, drawing.sampler, steered, noise, times, key_b, clip=clip, keep=keep)
-
-
-def _told(diffusion: Diffusion, interval: tuple[float, float] | None) -> tuple | None:
-    """Times, as the lowest and the highest number by which the network is told of them."""
-    if interval is None:
-        return None
-    times = jnp.asarray(interval, jnp.float32)
-    _, told = network_input(diffusion, times, times)
-    return told.min(), told.max()
 
 
 def _decode(sampler: PictureSampler, x_bhwz: Array) -> UInt8[np.ndarray, "n h w 3"]:

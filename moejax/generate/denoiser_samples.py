@@ -1,4 +1,4 @@
-"""The samples of a diffusion model of pictures: of classes, on the way, by the weight of guidance.
+"""The samples of diffusion models: of classes, on the way, by the weight of guidance.
 
 Those of texts and of nothing said are moejax/generate/samples.py's.
 """
@@ -10,7 +10,9 @@ import numpy as np
 
 from moejax.config.schema import DiTConfig
 from moejax.generate import samples
+from moejax.generate.api import Sampler, draw_captions
 from moejax.generate.denoiser import Condition, draw_pictures
+from moejax.generate.drawing import Drawn
 from moejax.generate.images import GridRow, Tile, drawable
 from moejax.generate.samples import (
     Example,
@@ -39,7 +41,7 @@ def sample_mode(mode: str, request: Request) -> Outcome:
 
 
 def modes_of(config: DiTConfig) -> tuple[str, ...]:
-    """What a model can be asked for."""
+    """What a model of pictures alone can be asked for."""
     told = ("class2image",) if config.num_classes else ()
     told += ("text2image",) if config.text_length else ()
     # Without anything said there is nothing to guide by.
@@ -82,7 +84,7 @@ def denoising(request: Request) -> Outcome:
     shown = _shown(request, request.count)
     steps = sampler.drawing.steps
     keep = tuple(dict.fromkeys(np.linspace(0, steps - 1, FRAMES).round().astype(int).tolist()))
-    drawn = draw_pictures(
+    drawn = _draw(
         sampler,
         [condition for condition, _ in shown],
         seed=request.seed,
@@ -108,7 +110,7 @@ def guidance(request: Request) -> Outcome:
     sampler = request.sampler
     shown = _shown(request, max(1, request.count // len(WEIGHTS)))
     conditions = [condition for condition, _ in shown for _ in WEIGHTS]
-    drawn = draw_pictures(
+    drawn = _draw(
         sampler,
         conditions,
         seed=request.seed,
@@ -141,6 +143,13 @@ def guidance(request: Request) -> Outcome:
         for k, weight in enumerate(WEIGHTS)
     }
     return Outcome("guidance", grid, len(WEIGHTS), rows, lines, summary)
+
+
+def _draw(sampler: Any, conditions: Sequence[Any], **options: Any) -> Drawn:
+    """By a model of pictures alone, or by one that writes them into its sequences as latents."""
+    if isinstance(sampler, Sampler):
+        return draw_captions(sampler, conditions, **options)
+    return draw_pictures(sampler, conditions, **options)
 
 
 def some_classes(classes: int, most: int) -> list[int]:

@@ -29,6 +29,8 @@ from moejax.config.schema import Config
 from moejax.data.prepare.efficientnet import installed_weights
 from moejax.data.prepare.stages import track
 from moejax.errors import UserError
+from moejax.generate.api import check_can_sample
+from moejax.generate.drawing import Drawing, check_drawing
 from moejax.train.evaluate import EVALUATORS, EvalContext, EvalResult, eval_plans
 
 NAME = "fidelity"
@@ -49,12 +51,11 @@ def draw_denoised(context: EvalContext) -> Draw:
 
     Of other labels, and so by models without classes, pictures are drawn with nothing said.
     """
-    from moejax.generate.denoiser import Drawing, check_drawing, denoiser_of, draw_pictures
+    from moejax.generate.denoiser import denoiser_of, draw_pictures
 
-    options = context.config.eval.fidelity
-    drawing = Drawing(sampler=options.sampler, steps=options.steps, guidance=options.guidance)
     sampler = denoiser_of(context.with_params(None))
-    sampler = dataclasses.replace(sampler, drawing=check_drawing(drawing, sampler.diffusion))
+    drawing = check_drawing(_drawing_of(context.config), sampler.diffusion)
+    sampler = dataclasses.replace(sampler, drawing=drawing)
 
     def draw(params: Any, labels: np.ndarray, rng: jax.Array) -> np.ndarray:
         own = dataclasses.replace(sampler, params=params, batch_size=len(labels))
@@ -67,6 +68,31 @@ def draw_denoised(context: EvalContext) -> Draw:
         return draw_pictures(own, conditions, seed=seed, fill=True).pictures
 
     return draw
+
+
+@DRAWERS.register("decoder")
+def draw_sequences(context: EvalContext) -> Draw:
+    """Pictures without a caption, whatever the labels.
+
+    Those that are latents by the sampler and the steps of ``eval.fidelity``.
+    """
+    from moejax.generate.api import sample_images, sampler_of
+
+    sampler = sampler_of(context.with_params(None))
+    if sampler.diffusion is not None:
+        drawing = check_drawing(_drawing_of(context.config), sampler.diffusion)
+        sampler = dataclasses.replace(sampler, drawing=drawing)
+
+    def draw(params: Any, labels: np.ndarray, rng: jax.Array) -> np.ndarray:
+        own = dataclasses.replace(sampler, params=params, batch_size=len(labels))
+        return sample_images(own, [""] * len(labels), seed=int(jax.random.bits(rng) >> 1))
+
+    return draw
+
+
+def _drawing_of(config: Config) -> Drawing:
+    options = config.eval.fidelity
+    return Drawing(sampler=options.sampler, steps=options.steps, guidance=options.guidance)
 
 
 @EVALUATORS.register(NAME)
@@ -113,6 +139,8 @@ def check(config: Config) -> None:
             f"eval.metrics: 'fidelity' needs a model that draws pictures ({', '.join(DRAWERS)}), "
             f"not model.name={config.model.name}; leave it out"
         )
+    if config.model.name == "decoder":
+        check_can_sample(config)
     if jax.process_count() > 1:
         raise UserError("eval.metrics: 'fidelity' runs on one host; leave it out, use moejax eval")
     for plan in eval_plans(config.eval):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -9,19 +10,28 @@ import numpy as np
 import pytest
 from flax.core import meta
 
+from moejax.config.diffusion import Diffusion
 from moejax.config.schema import DecoderConfig, LatentConfig, UntieConfig
 from moejax.data.vocabulary import BOI, BOS, EOI, PATCH, Vocabulary
 from moejax.errors import UserError
-from moejax.generate.api import Sampler, caption_images, continue_parts, sample_images
-from moejax.generate.denoise import Denoising, check_denoising, denoise_pictures, predict
+from moejax.generate.api import (
+    Sampler,
+    caption_images,
+    continue_parts,
+    draw_captions,
+    sample_images,
+)
+from moejax.generate.denoise import denoise_pictures, predict
+from moejax.generate.drawing import Drawing
 from moejax.generate.generate import decode, pad_prompts, place_latents, prefill
 from moejax.generate.sampling import Sampling
 from moejax.models.decoder import build_decoder
+from moejax.ops.samplers import SAMPLERS
 from tests.papers.latent_rows import full_batch
 
 PATCHES, SIZE = 4, 3
 VOCABULARY = Vocabulary(text_size=20, image_codes=0, codes_per_image=PATCHES)
-FLOW = Denoising("flow", steps=3)
+FLOW = {"diffusion": Diffusion("flow"), "drawing": Drawing(steps=3)}
 
 
 def random_latents(seed: int, pictures: int) -> np.ndarray:
@@ -95,37 +105,53 @@ def test_text_after_a_picture_is_decoded_as_in_the_full_forward():
 
 def test_a_row_depends_on_its_own_prompt_noise_and_guidance_alone():
     model, params = tiny("linear")
-    draw = functools.partial(denoise_pictures, model, params, VOCABULARY, denoising=FLOW, seed=4)
+    draw = functools.partial(denoise_pictures, model, params, VOCABULARY, seed=4, **FLOW)
     together = draw(PROMPTS, latents=LATENTS)
     alone = draw(PROMPTS[2:], latents=LATENTS[2:], row_ids=[2])
     np.testing.assert_allclose(alone[0], together[2], atol=1e-5)
     assert np.abs(together[0] - together[1]).max() > 0.1
-    unconditional = [[BOS, BOI]] * 3
-    plain = draw(PROMPTS, latents=LATENTS, unconditional=unconditional, guidance=1.0)
-    np.testing.assert_allclose(plain, together, atol=1e-5)
-    guided = draw(PROMPTS, latents=LATENTS, unconditional=unconditional, guidance=3.0)
-    assert np.abs(guided - together).max() > 1e-2
+    without = {"latents": LATENTS, "unconditional": [[BOS, BOI]] * 3}
+    guided = [draw(PROMPTS, guidance=[weight] * 3, **without) for weight in (1.0, 3.0)]
+    np.testing.assert_allclose(guided[0], together, atol=1e-5)
+    assert np.abs(guided[1] - together).max() > 1e-2
+    mixed = draw(PROMPTS, guidance=[3.0, 1.0, 3.0], **without)
+    expected = np.where(np.reshape([1, 0, 1], (3, 1, 1, 1)), guided[1], guided[0])
+    np.testing.assert_allclose(mixed, expected, atol=1e-5)
 
 
-def test_the_ancestral_sampler_draws_other_pictures():
+def test_guidance_between_two_times_alone():
+    """With few steps: none has a time in the first interval, all have one in the other."""
     model, params = tiny("linear")
-    draw = functools.partial(denoise_pictures, model, params, VOCABULARY, PROMPTS[:1])
-    plain = draw(denoising=Denoising("ddpm", steps=4))
-    noisy = draw(denoising=Denoising("ddpm", steps=4, ancestral=True))
-    assert np.isfinite(plain).all() and np.isfinite(noisy).all()
-    assert np.abs(plain - noisy).max() > 1e-2
+    given = {"unconditional": [[BOS, BOI]], "seed": 4, "diffusion": FLOW["diffusion"]}
+
+    def draw(interval, weight=3.0):
+        drawing = Drawing(steps=3, interval=interval, guidance=weight)
+        return denoise_pictures(model, params, VOCABULARY, PROMPTS[:1], drawing=drawing, **given)
+
+    np.testing.assert_allclose(draw((0.4, 0.6)), draw(None, 1.0), atol=1e-6)
+    np.testing.assert_allclose(draw((0.2, 1.0)), draw(None), atol=1e-6)
+    assert np.abs(draw((0.6, 0.7)) - draw(None)).max() > 1e-3
+    assert np.abs(draw((0.6, 0.7)) - draw(None, 1.0)).max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    "denoising, message",
-    [
-        (Denoising("flow", steps=0), "--denoise-steps: must be positive, got 0"),
-        (Denoising("ddpm", steps=1001), "--denoise-steps: ddpm has 1000 discrete times"),
-    ],
-)
-def test_steps_that_cannot_be_are_refused(denoising, message):
-    with pytest.raises(UserError, match=message):
-        check_denoising(denoising)
+@pytest.mark.parametrize("process", ["ddpm", "flow"])
+def test_each_sampler_ends_elsewhere(process):
+    """But of "flow" Euler's step is that of DDIM."""
+    model, params = tiny("linear")
+    diffusion = Diffusion(process)
+    ends = {}
+    for sampler in SAMPLERS:
+        drawing = Drawing(sampler=sampler, steps=4)
+        given = {"diffusion": diffusion, "drawing": drawing, "keep": (0, 3)}
+        drawn = denoise_pictures(model, params, VOCABULARY, PROMPTS[:1], **given)
+        assert drawn.shape == (1, 3, PATCHES, SIZE) and np.isfinite(drawn).all()
+        np.testing.assert_array_equal(drawn[:, 1], drawn[:, 2], "the last step's is the picture")
+        assert np.abs(drawn[:, 0] - drawn[:, 2]).max() > 1e-2
+        ends[sampler] = drawn[0, 2]
+    alike = [
+        (a, b) for a, b in itertools.combinations(ends, 2) if np.abs(ends[a] - ends[b]).max() < 1e-4
+    ]
+    assert alike == ([("ddim", "euler")] if process == "flow" else [])
 
 
 class LetterTokenizer:
@@ -160,7 +186,7 @@ def sampler():
         text_tokenizer=LetterTokenizer(),
         image_codec=PixelCodec(),
         sequence_length=32,
-        denoising=FLOW,
+        **FLOW,
         batch_size=3,
     )
 
@@ -174,6 +200,44 @@ def test_pictures_of_captions_and_captions_of_pictures(sampler):
     assert len(captions) == 4 and all(1 <= len(caption) <= 5 for caption in captions)
     other = caption_images(sampler, 255 - pictures, max_text_tokens=5, seed=1)
     assert other != captions
+
+
+def test_strips_and_sweeps_of_captions(sampler):
+    """As diffusion models of pictures draw them: equal numbers are equal noise."""
+    captions = ["ab", "c", "ab", "ab"]
+    drawn = draw_captions(
+        sampler, captions, seed=1, row_ids=[0, 1, 0, 2], guidance=[1.0, 2.0, 3.0, 1.0], keep=(0, 2)
+    )
+    plain = sample_images(sampler, captions, seed=1)
+    np.testing.assert_array_equal(drawn.pictures[0], plain[0])
+    np.testing.assert_array_equal(
+        drawn.pictures[3], sample_images(sampler, ["", "", "ab"], seed=1)[2]
+    )
+    guided = sample_images(sampler, captions, sampling=Sampling(guidance=2.0), seed=1)
+    np.testing.assert_array_equal(drawn.pictures[1], guided[1])
+    assert (drawn.pictures[2] != drawn.pictures[0]).any()
+    assert drawn.kept.shape == (2, *plain.shape)
+    np.testing.assert_array_equal(drawn.kept[1], drawn.pictures)
+    assert (drawn.kept[0] != drawn.pictures).any()
+    np.testing.assert_allclose(drawn.times, [1, 1 / 3], atol=1e-6)
+    assert draw_captions(sampler, captions).kept.shape == (0, *plain.shape)
+
+
+@pytest.mark.parametrize(
+    "drawing, guidance, message",
+    [
+        (Drawing(steps=0), 1.0, "--denoise-steps: must be positive, got 0"),
+        (Drawing(sampler="hein"), 1.0, "--sampler: no sampler 'hein'; did you mean 'heun'"),
+        (Drawing(), [1.0], "guidance: 2 pictures, and 1 of these"),
+        (Drawing(), -1.0, "--guidance: must be 0 or more, got -1.0"),
+    ],
+)
+def test_drawings_that_cannot_be_are_refused(sampler, drawing, guidance, message):
+    sampler = dataclasses.replace(sampler, drawing=drawing)
+    with pytest.raises(UserError, match=message):
+        draw_captions(sampler, ["a", "b"], guidance=guidance)
+    with pytest.raises(UserError, match="drawing: is for pictures that are latents"):
+        draw_captions(dataclasses.replace(sampler, diffusion=None), ["a"])
 
 
 def test_text_until_boi_then_a_picture_in_its_place_then_text(sampler):

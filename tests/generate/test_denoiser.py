@@ -287,7 +287,6 @@ def test_names_of_records_by_command(runs, capsys):
         ("classes", ["--prompt", "shoe", "--mode", "class2image"], "--prompt: goes with"),
         ("classes", ["--shift", "-1"], "--shift: must be positive"),
         ("classes", ["--spacing", "rho"], "--spacing: "),
-        ("classes", ["--ancestral"], "--ancestral: is of sequences, and has no effect"),
         ("classes", ["--temperature", "0"], "--temperature: is of sequences"),
         ("classes", ["--top-k", "3"], "--top-k: is of sequences"),
         ("texts", ["--top-p", "0.5"], "--top-p: is of sequences"),

@@ -16,7 +16,7 @@ from moejax.models.tokenizer import save_latent_codec
 from moejax.train.loop import train
 from moejax.train.writers import read_rows
 
-SPLITS = ("train",) * 8 + ("val",) * 4
+SPLITS = ("train",) * 40 + ("val",) * 20
 
 
 def make_pictures(folder, seed):
@@ -85,13 +85,23 @@ def test_a_run_on_latents_trains_evaluates_resumes_and_draws(adapter, folder, tm
 
     capsys.readouterr()
     arguments = ["sample", "--workdir", str(tmp_path / "whole"), "--n", "4", "--json"]
-    assert main([*arguments, "--denoise-steps", "3"]) == 0
+    assert main([*arguments, "--denoise-steps", "3", "--sampler", "heun"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["denoise_steps"] == 3
-    assert set(document["modes"]) == {"text2image", "image2text", "unconditional"}
+    assert (document["denoise_steps"], document["sampler"]) == (3, "heun")
+    written = {"text2image", "image2text", "unconditional", "denoising", "guidance"}
+    assert set(document["modes"]) == written
     for mode in document["modes"].values():
         assert Image.open(mode["files"]["png"]).size[0] > 100
     assert main([*arguments, "--denoise-steps", "0"]) == 2
+    assert main([*arguments, "--cache-experts"]) == 2
+    assert "--cache-experts: is of a diffusion model of pictures" in capsys.readouterr().err
+
+    fidelity = {"pictures": 20, "draws": 1, "reference": 40, "steps": 2, "sampler": "euler"}
+    flags = [f"--config.eval.fidelity.{name}={value}" for name, value in fidelity.items()]
+    evaluate = ["eval", "--workdir", str(tmp_path / "whole"), "--metrics", "fidelity", "--json"]
+    assert main([*evaluate, *flags]) == 0
+    values = json.loads(capsys.readouterr().out)["metrics"]
+    assert np.isfinite(values["fidelity/fd_efflite0"]), values
 
 
 @pytest.mark.slow
