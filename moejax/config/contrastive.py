@@ -38,6 +38,8 @@ class TextSizes:
     ffn_hidden: int = 0
     ffn_activation: str = ""
     block_pattern: tuple[str, ...] = ("dense",)
+    first_blocks: tuple[str, ...] = ()
+    last_blocks: tuple[str, ...] = ()
 
     def __post_init__(self):
         for name in ("num_layers", "d_model", "num_heads", "ffn_hidden"):
@@ -120,8 +122,8 @@ def tower_of_texts(config: Any, head: str) -> TextTowerConfig:
             "ffn_hidden": hidden,
             "ffn_activation": text.ffn_activation or config.ffn_activation,
             "block_pattern": text.block_pattern,
-            "first_blocks": (),
-            "last_blocks": (),
+            "first_blocks": text.first_blocks,
+            "last_blocks": text.last_blocks,
         },
         vocab_size=config.vocab_size,
         text_length=config.text_length,

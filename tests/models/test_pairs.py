@@ -154,6 +154,16 @@ def test_the_tower_of_texts_has_sizes_of_its_own():
     assert run(config, make_batch()).text.shape == (3, 6)
 
 
+def test_the_tower_of_texts_has_a_first_and_a_last_block_of_its_own():
+    """As pictures have them: experts "last n" of a tower are not a matter of its pattern."""
+    text = TextSizes(num_layers=4, first_blocks=("untied",), last_blocks=("moe",))
+    config = dataclasses.replace(TOWERS, moe=EXPERTS, text=text)
+    assert config.text_tower.block_kinds() == ("untied", "dense", "dense", "moe")
+    assert config.block_kinds() == ("dense", "dense")
+    with pytest.raises(UserError, match="model.text.first_blocks: first and last blocks are more"):
+        dataclasses.replace(config, text=dataclasses.replace(text, num_layers=1))
+
+
 def test_experts_in_either_tower():
     config = dataclasses.replace(
         TOWERS, moe=EXPERTS, block_pattern=("moe",), text=TextSizes(block_pattern=("dense", "moe"))
