@@ -23,8 +23,8 @@ MODES = (
     "denoising",
     "guidance",
 )
-# Those of diffusion models of pictures alone, and those that a prompt goes with.
-_OF_DENOISERS = ("class2image", "denoising", "guidance")
+# Those of pictures that are denoised alone, and those that a prompt goes with.
+_OF_DENOISING = ("class2image", "denoising", "guidance")
 _PROMPTED = ("text2image", "denoising", "guidance")
 # Flags that have an effect on some kinds of model alone.
 _SEQUENCE_FLAGS = ("temperature", "top_k", "top_p")
@@ -256,7 +256,7 @@ def _check_modes(modes: tuple[str, ...], possible: tuple[str, ...], config: Any)
 
     denoiser = draws_pictures(config)
     for mode in modes:
-        if mode not in possible and (denoiser or mode in _OF_DENOISERS):
+        if mode not in possible and (denoiser or mode in _OF_DENOISING):
             raise UserError(
                 f"--mode {mode}: not of model.name={config.model.name} as it is trained; use "
                 + " or ".join(possible)
@@ -297,9 +297,14 @@ def _sampler(loaded: Any, args: argparse.Namespace) -> tuple[Any, dict[str, Any]
 
 def _about_mode(about: dict[str, Any], mode: str) -> dict[str, Any]:
     """``about`` without the settings that have no effect in ``mode``."""
-    guided = ("text2image", "class2image", "denoising")
-    weights = ("guidance", "guidance_interval")
-    return {key: value for key, value in about.items() if key not in weights or mode in guided}
+    without = []
+    if mode not in ("text2image", "class2image", "denoising"):
+        without.append("guidance")
+    if mode not in ("text2image", "class2image", "denoising", "guidance"):
+        without.append("guidance_interval")
+    if "denoise_steps" in about:
+        without += _DENOISING_FLAGS if mode == "image2text" else _SEQUENCE_FLAGS
+    return {key: value for key, value in about.items() if key not in without}
 
 
 def _report(outcome: "Outcome", paths: dict[str, Path]) -> list[str]:

@@ -47,6 +47,14 @@ class WordsConfig:
             f"must be positive for the {self.num_experts} experts of places",
         )
         require_one_of(self.activation, ("swiglu", "gelu"), "model.words.activation")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in ("hidden", "activation", "threshold", "outside", "noise"):
+            require(
+                self.num_experts > 0 or getattr(self, name) == defaults[name],
+                f"model.words.{name}",
+                "is of the experts of places, of which there are none (model.words.num_experts); "
+                "leave it out",
+            )
 
 
 @MODEL_CONFIGS.register("dit")

@@ -68,7 +68,7 @@ class FidelityConfig:
     reference: int = 60_000
     # Of precision, recall, density and coverage.
     neighbours: int = 5
-    # Of diffusion models: the sampler, its steps, and the weight of the class.
+    # Of pictures that are denoised: the sampler and its steps; and the weight of the class.
     sampler: str = "ddim"
     steps: int = 50
     guidance: float = 1.5

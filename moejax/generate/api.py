@@ -161,17 +161,19 @@ def sample_images(
     Args:
       sampler: from :func:`load_sampler`.
       captions: the texts; repeat one for several pictures of it.
-      sampling: temperature, filters and guidance; guidance costs twice the time.
+      sampling: temperature, filters and guidance; guidance costs twice the time. Pictures that are
+        latents have the guidance of ``sampler.drawing`` without it.
       seed: picture i depends on (seed, i, caption i) alone.
       progress: called with the number of pictures done since the last call.
 
     Raises:
       UserError: a caption that is too long, or a setting that means nothing.
     """
-    sampling = check_sampling(sampling or Sampling())
     if sampler.diffusion is not None:
-        given = {"guidance": sampling.guidance, "seed": seed, "progress": progress}
+        weight = None if sampling is None else float(check_sampling(sampling).guidance)
+        given = {"guidance": weight, "seed": seed, "progress": progress}
         return draw_captions(sampler, captions, **given).pictures
+    sampling = check_sampling(sampling or Sampling())
     prompts = [[BOS, *sampler.encode_text(caption), BOI] for caption in captions]
     guided = bool(sampling.guidance != 1) and any(captions)
     rows = _in_batches(
@@ -268,6 +270,7 @@ def draw_captions(
     )
     assert sampler.diffusion is not None
     drawing, count = check_drawing(sampler.drawing, sampler.diffusion), len(captions)
+    require(count > 0, "captions", 'there are none; give one for each picture ("" is none)')
     weights = each_of("guidance", drawing.guidance if guidance is None else guidance, count)
     for weight in weights:
         check_guidance(weight)

@@ -17,7 +17,7 @@ from moejax.config.registry import Registry
 from moejax.config.trunk import AROUND_OTHERS, TrunkConfig, UntieConfig
 from moejax.nn.attention import Attention
 from moejax.nn.context import Context
-from moejax.nn.layers import FeedForward, Norm, param_dtype
+from moejax.nn.layers import FeedForward, Norm, dropout, param_dtype
 from moejax.nn.modulation import Modulation, modulate
 from moejax.nn.moe import MoE
 from moejax.nn.moe_checks import check_moe
@@ -90,7 +90,7 @@ class TransformerBlock(nn.Module):
             out = make_norm(cfg, self.untie, name)(branch(x_btd), ctx.modality_bt)
         if gate is not None:
             out = out * gate[..., None].astype(out.dtype)
-        return x_btd + _dropout(out, cfg.dropout, ctx, index)
+        return x_btd + dropout(out, cfg.dropout, ctx, index)
 
 
 class ShortcutBlock(nn.Module):
@@ -108,7 +108,7 @@ class ShortcutBlock(nn.Module):
         cfg = self.config
         num = len(cfg.modalities) if self.untie.ffn else 1
         cache, rows = layer_state.get("cache", {}), {}
-        drop = lambda out, index: _dropout(out, cfg.dropout, ctx, index)
+        drop = lambda out, index: dropout(out, cfg.dropout, ctx, index)
         experts_out, aux = None, {}
         for i, half in enumerate(("first", "second")):
             normed = make_norm(cfg, self.untie, f"{half}_attention_norm")(x_btd, ctx.modality_bt)
@@ -128,14 +128,6 @@ def make_norm(config: TrunkConfig, untie: UntieConfig, name: str) -> Norm:
     return Norm(
         config.norm, config.norm_eps, num, param_dtype(config), config.tower_shapes, name=name
     )
-
-
-def _dropout(x: jax.Array, rate: float, ctx: Context, index: int) -> jax.Array:
-    if not ctx.train or rate == 0:
-        return x
-    assert ctx.rng is not None, "dropout needs the rng of the training step"
-    keep = jax.random.bernoulli(jax.random.fold_in(ctx.rng, index), 1 - rate, x.shape)
-    return x * keep / (1 - rate)
 
 
 @BLOCKS.register("untied")

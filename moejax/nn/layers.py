@@ -58,6 +58,15 @@ def partitioned(init: Callable, *names: str | None) -> Callable[..., Any]:
     return nn.with_logical_partitioning(init, names)
 
 
+def dropout(x: jax.Array, rate: float, ctx: Context, index: int) -> jax.Array:
+    """``x`` with a share ``rate`` of it zero, in training; ``index`` is a number in the block."""
+    if not ctx.train or rate == 0:
+        return x
+    assert ctx.rng is not None, "dropout needs the rng of the training step"
+    keep = jax.random.bernoulli(jax.random.fold_in(ctx.rng, index), 1 - rate, x.shape)
+    return x * keep / (1 - rate)
+
+
 class Norm(nn.Module):
     """RMS or layer norm with a scale (and no bias), shared or per modality.
 

@@ -6,6 +6,8 @@ look at words, and where many look at one it is run through the expert that the 
 and gated by the condition, as those of DiT are, is ours, and so is the noise of the gate.
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from moejax.config.trunk import TrunkConfig
 from moejax.experts.activations import activate
 from moejax.experts.space import attention_masks, space_moe
 from moejax.nn.context import Context
-from moejax.nn.layers import fan_in_normal, param_dtype, partitioned
+from moejax.nn.layers import Norm, dropout, fan_in_normal, param_dtype, partitioned
 from moejax.nn.modulation import Modulation, modulate
 from moejax.ops.attention import attend_with_maps
 
@@ -27,7 +29,9 @@ _DRAW = 1 << 11
 class Words(nn.Module):
     """``x + gate Attn(x, words)``, then ``x + gate mean_i E_{r(i)}(x M_i)`` over the words i.
 
-    A row whose text is padding alone is left as it is.
+    The marks of the begin and the end of a text are words too. A row whose text is padding alone is
+    left as it is. ``model.attention_block`` has no effect here: a text is short, and the maps that
+    masks are made of are whole.
     """
 
     config: TrunkConfig
@@ -45,20 +49,22 @@ class Words(nn.Module):
         assert words_bsz is not None and said_bs is not None, "and the text"
         vectors = Modulation(cfg, 6 if words.num_experts else 3, name="modulation")
         shift, scale, strength, *of_places = vectors(condition_bd, x_bpd.dtype)
-        out_bpd, maps_bps = self._attend(modulate(cfg, x_bpd, shift, scale), words_bsz, said_bs)
-        x_bpd = x_bpd + strength * out_bpd
+        seen_bpd = modulate(cfg, x_bpd, shift, scale)
+        out_bpd, maps_bps = self._attend(seen_bpd, words_bsz, said_bs, ctx)
+        x_bpd = x_bpd + dropout(strength * out_bpd, cfg.dropout, ctx, 2)
         if not words.num_experts:
             return x_bpd
         shift, scale, strength = of_places
         out_bpd = space_moe(
             modulate(cfg, x_bpd, shift, scale),
-            attention_masks(maps_bps.swapaxes(1, 2), words.threshold),
+            # Patches that take no part in the block are no places of a word.
+            attention_masks(maps_bps.swapaxes(1, 2) * ctx.valid_bt[:, None], words.threshold),
             self._gate(words_bsz, ctx),
             said_bs,
             self._experts(x_bpd.dtype),
             outside=words.outside,
         )
-        return x_bpd + strength * out_bpd
+        return x_bpd + dropout(strength * out_bpd, cfg.dropout, ctx, 3)
 
     @property
     def _words(self) -> WordsConfig:
@@ -66,7 +72,7 @@ class Words(nn.Module):
         return self.config.words
 
     def _attend(
-        self, x_bpd: jax.Array, words_bsz: jax.Array, said_bs: jax.Array
+        self, x_bpd: jax.Array, words_bsz: jax.Array, said_bs: jax.Array, ctx: Context
     ) -> tuple[jax.Array, jax.Array]:
         """([b, p, d], the mean of the heads' maps [b, p, s])."""
         cfg, dtype, wide = self.config, x_bpd.dtype, param_dtype(self.config)
@@ -80,6 +86,10 @@ class Words(nn.Module):
         out_nhd = self.param("out_nhd", back, (n, h, d), wide).astype(dtype)
         q = jnp.einsum("bpd,dnh->bpnh", x_bpd, query_dnh)
         k, v = jnp.split(jnp.einsum("bsz,zgh->bsgh", words_bsz, key_value_zgh), 2, axis=2)
+        if cfg.qk_norm != "none":
+            norm = functools.partial(Norm, cfg.qk_norm, cfg.norm_eps, 1, wide)
+            q = norm(name="q_norm")(q, ctx.modality_bt)
+            k = norm(name="k_norm")(k, jnp.zeros_like(said_bs, jnp.int32))
         mask_bps = jnp.broadcast_to(said_bs[:, None], (*x_bpd.shape[:2], said_bs.shape[1]))
         heads, maps_bnps = attend_with_maps(q, k, v, mask_bps)
         # Without a word the heads have the mean of what padding is projected to.

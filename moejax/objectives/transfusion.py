@@ -9,14 +9,14 @@ from moejax.data.vocabulary import BOI, NUM_SPECIAL
 from moejax.objectives.base import OBJECTIVES, LossSums, Objective
 from moejax.objectives.next_token import by_source, token_losses
 from moejax.ops import diffusion, diffusion_times
-from moejax.ops.pictures import max_pictures, per_token, picture_starts
+from moejax.ops.pictures import max_pictures, per_token, picture_starts, text_follows
 
 
 def add_picture_noise(batch: dict, rng: Array, config: TransfusionConfig, patches: int) -> dict:
     """The batch with noisy latents: one time for each picture, in training and in evaluation.
 
     Args:
-      batch: with clean ``latents`` [b, t, z] and ``image_id`` [b, t].
+      batch: of the next-token objective, with clean ``latents`` [b, t, z] and ``image_id`` [b, t].
       rng: key of the noise and the times.
       config: process and the cap on the time of pictures that come before their text.
       patches: tokens of a picture.
@@ -29,9 +29,12 @@ def add_picture_noise(batch: dict, rng: Array, config: TransfusionConfig, patche
     time_rng, noise_rng = jax.random.split(rng)
     b, t = image_id.shape
     start_bi = picture_starts(image_id, max_pictures(t, patches))
-    # A picture that opens its segment stands after BOS and BOI.
-    opening = jnp.take_along_axis(batch["positions"], jnp.minimum(start_bi, t - 1), axis=1) == 2
-    cap_bi = jnp.where(opening, config.max_time_image_first, 1.0)
+    # A picture that opens its segment stands after BOS and BOI; without a text after it, it is one
+    # whose caption was left out, which is drawn and not read.
+    is_text = (image_id == 0) & (batch["tokens"] >= NUM_SPECIAL)
+    first_bt = (batch["positions"] == 2) & text_follows(is_text, batch["segments"])
+    first_bi = jnp.take_along_axis(first_bt, jnp.minimum(start_bi, t - 1), axis=1)
+    cap_bi = jnp.where(first_bi, config.max_time_image_first, 1.0)
     times_bi = diffusion_times.sample_times(process, time_rng, start_bi.shape, max_time=cap_bi)
     times = per_token(jnp.where(cap_bi > 0, times_bi, 0), image_id)
     noise = jax.random.normal(noise_rng, latents.shape, latents.dtype)

@@ -89,8 +89,8 @@ def attention_maps(
 ) -> Float[Array, "b n t s"]:
     """The weights by which :func:`attend` sums the values, in float32 or wider.
 
-    For looking at them: no program that trains or decodes holds them all. The row of a token that
-    may look at nothing is uniform.
+    For looking at them: self-attention need not hold them all. The row of a token that may look at
+    nothing is uniform.
     """
     b, t, n, _ = q_btnh.shape
     return _weights(q_btnh, k_bsgh, mask_bts).reshape(b, n, t, k_bsgh.shape[1])

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def picture_starts(image_id_bt: Int[Array, "b t"], count: int) -> Int[Array, "b i"]:
@@ -46,6 +46,19 @@ def per_token(values_bi: Float[Array, "b i"], image_id_bt: Int[Array, "b t"]) ->
     """The value of each token's picture, [b, t]; 0 outside of pictures."""
     taken = jnp.take_along_axis(values_bi, jnp.maximum(image_id_bt - 1, 0), axis=1)
     return jnp.where(image_id_bt > 0, taken, 0)
+
+
+def text_follows(
+    is_text_bt: Bool[Array, "b t"], segments_bt: Int[Array, "b t"]
+) -> Bool[Array, "b t"]:
+    """Whether a text token comes later in a token's segment; segments are in one piece."""
+    count_bt = jnp.cumsum(is_text_bt, axis=1)
+    ends_bt = jnp.pad(
+        segments_bt[:, 1:] != segments_bt[:, :-1], ((0, 0), (0, 1)), constant_values=True
+    )
+    # Counts only grow, so that the smallest at an end to the right is that of the nearest end.
+    at_ends_bt = jnp.where(ends_bt, count_bt, is_text_bt.shape[1] + 1)
+    return lax.cummin(at_ends_bt, axis=1, reverse=True) > count_bt
 
 
 def max_pictures(length: int, patches: int) -> int:

@@ -87,6 +87,8 @@ def _split_sizes(config: Config) -> Iterator[tuple[str, str, int]]:
     if isinstance(model, TwoTowersConfig) or (isinstance(model, DiTConfig) and model.text_length):
         yield "sequence", "model.text_length", model.text_length
         yield from _trunk_sizes(model.text_tower)
+    if isinstance(model, DiTConfig) and model.words.num_experts:
+        yield "tensor", "model.words.hidden", model.words.hidden
     if isinstance(model, TrunkConfig):
         yield from _trunk_sizes(model)
 

@@ -25,6 +25,8 @@ import numpy as np
 
 from moejax.analysis.fidelity.pictures import RealPictures, metric_names, read_pictures
 from moejax.config import Registry
+from moejax.config.checks import require
+from moejax.config.diffusion import Diffusion
 from moejax.config.schema import Config
 from moejax.data.prepare.efficientnet import installed_weights
 from moejax.data.prepare.stages import track
@@ -109,6 +111,8 @@ def fidelity(context: EvalContext) -> EvalResult:
     real, label_pool = _real_of_process(context, split)
     rng = np.random.default_rng(options.seed)
     labels = rng.choice(label_pool, options.pictures).astype(np.int32)
+    # No other is what a picture is said to show.
+    labels = np.where(labels < getattr(context.config.model, "num_classes", 0), labels, -1)
     draw = context.kept(f"{NAME} draw", lambda: DRAWERS.get(context.config.model.name)(context))
     samples = draw_samples(
         draw, context.params, labels, jax.random.key(options.seed), context.config.data.batch_size
@@ -139,8 +143,26 @@ def check(config: Config) -> None:
             f"eval.metrics: 'fidelity' needs a model that draws pictures ({', '.join(DRAWERS)}), "
             f"not model.name={config.model.name}; leave it out"
         )
+    options, diffusion = config.eval.fidelity, _diffusion_of(config)
     if config.model.name == "decoder":
         check_can_sample(config)
+        require(
+            config.data.drop_text > 0,
+            "eval.metrics",
+            "'fidelity' draws pictures without a caption, which data.drop_text=0 trains none of; "
+            "leave it out",
+        )
+    require(
+        not options.classifier or getattr(config.model, "num_classes", 0) > 0,
+        "eval.fidelity.classifier",
+        f"judges pictures of classes, which model.name={config.model.name} is not told; leave it "
+        "out",
+    )
+    if diffusion is not None:
+        try:
+            check_drawing(_drawing_of(config), diffusion)
+        except UserError as error:
+            raise UserError(_of_fields(str(error))) from error
     if jax.process_count() > 1:
         raise UserError("eval.metrics: 'fidelity' runs on one host; leave it out, use moejax eval")
     for plan in eval_plans(config.eval):
@@ -150,6 +172,22 @@ def check(config: Config) -> None:
     if folder and not (Path(folder) / "config.json").is_file():
         raise UserError(f"eval.fidelity.classifier: no run in {folder} (no config.json)")
     installed_weights()
+
+
+def _diffusion_of(config: Config) -> Diffusion | None:
+    """The process by which the model draws pictures; None of one of our own, and of codes."""
+    if config.model.name == "dit":
+        return config.objective
+    latents = getattr(config.model, "latents", None)
+    return config.objective.diffusion if latents is not None and latents.channels else None
+
+
+def _of_fields(message: str) -> str:
+    """What is said of a flag, said of the field that it is here."""
+    fields = {"--sampler": "sampler", "--denoise-steps": "steps", "--guidance": "guidance"}
+    for flag, field in fields.items():
+        message = message.replace(f"{flag}:", f"eval.{NAME}.{field}:")
+    return message
 
 
 def _require_held_out(split: str) -> None:

@@ -68,8 +68,7 @@ def tiny(adapter: str):
     return model, params
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("adapter", ["linear", "unet"])
+@pytest.mark.parametrize("adapter", ["linear", pytest.param("unet", marks=pytest.mark.slow)])
 def test_denoising_with_a_cache_is_the_full_forward(adapter):
     model, params = tiny(adapter)
     noisy = np.random.default_rng(9).normal(size=(3, PATCHES, SIZE)).astype(np.float32)
@@ -216,6 +215,10 @@ def test_strips_and_sweeps_of_captions(sampler):
     guided = sample_images(sampler, captions, sampling=Sampling(guidance=2.0), seed=1)
     np.testing.assert_array_equal(drawn.pictures[1], guided[1])
     assert (drawn.pictures[2] != drawn.pictures[0]).any()
+    of_its_own = dataclasses.replace(
+        sampler, drawing=dataclasses.replace(sampler.drawing, guidance=2.0)
+    )
+    np.testing.assert_array_equal(sample_images(of_its_own, captions, seed=1), guided)
     assert drawn.kept.shape == (2, *plain.shape)
     np.testing.assert_array_equal(drawn.kept[1], drawn.pictures)
     assert (drawn.kept[0] != drawn.pictures).any()
@@ -236,6 +239,8 @@ def test_drawings_that_cannot_be_are_refused(sampler, drawing, guidance, message
     sampler = dataclasses.replace(sampler, drawing=drawing)
     with pytest.raises(UserError, match=message):
         draw_captions(sampler, ["a", "b"], guidance=guidance)
+    with pytest.raises(UserError, match="captions: there are none"):
+        draw_captions(dataclasses.replace(sampler, drawing=Drawing()), [])
     with pytest.raises(UserError, match="drawing: is for pictures that are latents"):
         draw_captions(dataclasses.replace(sampler, diffusion=None), ["a"])
 

@@ -325,7 +325,7 @@ def test_texts(kind, attend):
         vocab_size=40,
         text=TextSizes(num_layers=1, d_model=8),
         block_pattern=(kind,),
-        words=WordsConfig(attend=attend, num_experts=3 * attend, hidden=12),
+        words=WordsConfig(attend=attend, num_experts=3 * attend, hidden=12 * attend),
         **KINDS[kind],
     )
     tokens = np.int32([[20, 21, 22, PAD, PAD, PAD], [PAD] * TEXT])

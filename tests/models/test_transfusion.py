@@ -9,7 +9,7 @@ import pytest
 from flax.core import meta
 
 from moejax.config.schema import DecoderConfig, LatentConfig, TransfusionConfig, UntieConfig
-from moejax.data.vocabulary import BOI, BOS, EOI, EOS, PATCH
+from moejax.data.vocabulary import BOI, BOS, EOI, EOS, NUM_SPECIAL, PATCH
 from moejax.models.decoder import build_decoder
 from moejax.objectives.transfusion import transfusion
 from moejax.ops import diffusion
@@ -20,6 +20,7 @@ from moejax.ops.pictures import (
     picture_starts,
     place_pictures,
     take_pictures,
+    text_follows,
 )
 
 GRID, CHANNELS = 2, 3
@@ -146,6 +147,24 @@ def test_the_cap_holds_for_pictures_that_open_their_segment(batch):
     times = jax.vmap(lambda key: objective.prepare(batch, key)["times"])(keys)
     assert times[:, :, SECOND].max() <= 0.3
     assert times[:, :, FIRST].max() > 0.8
+
+
+def test_the_cap_is_of_pictures_that_a_text_follows(batch):
+    """One whose caption was left out is drawn, not read, and so it is as noisy as any."""
+    objective = transfusion(TransfusionConfig(max_time_image_first=0.0), make_config())
+    left_out = dict(batch, tokens=batch["tokens"].copy())
+    after = (np.arange(len(ROW)) > SECOND.stop) & (batch["tokens"] >= NUM_SPECIAL)
+    assert after.any()
+    left_out["tokens"][after] = EOS
+    keys = jax.random.split(jax.random.key(0), 40)
+    times = lambda given: jax.vmap(lambda key: objective.prepare(given, key)["times"])(keys)
+    read, drawn = (times(given)[:, :, SECOND] for given in (batch, left_out))
+    assert read.max() == 0
+    assert drawn.max() > 0.8
+    segments = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0, 0]])
+    words = jnp.asarray([[0, 1, 0, 1, 0, 0, 1, 0, 0]], bool)
+    follows = [True, False, False, True, True, True, False, False, False]
+    np.testing.assert_array_equal(text_follows(words, segments)[0], follows)
 
 
 def test_lambda_0_gives_the_adapter_out_no_gradient(batch):

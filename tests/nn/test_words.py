@@ -1,12 +1,16 @@
 """What patches take from words: the formulas by hand, padding, the order of words, no words."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
 
+from moejax.config import load_config
 from moejax.config.contrastive import TextSizes
+from moejax.config.depth import DepthConfig
 from moejax.config.dit import DiTConfig, WordsConfig
 from moejax.errors import UserError
 from moejax.models.dit import build_dit
@@ -112,7 +116,7 @@ def test_word_by_word(outside):
 
 
 def test_words_without_experts_are_attention_alone():
-    config = make_config(num_experts=0)
+    config = dataclasses.replace(CONFIG, words=WordsConfig(attend=True))
     params = {name: PARAMS[name] for name in ("query_dnh", "key_value_zgh", "out_nhd")}
     params["modulation"] = parameters(config)["modulation"]
     nothing = {**PARAMS, "wo_efd": 0 * PARAMS["wo_efd"], "wo_bias_ed": 0 * PARAMS["wo_bias_ed"]}
@@ -169,12 +173,66 @@ def test_noise_moves_the_gate_in_training_alone():
     np.testing.assert_array_equal(run(config=make_config(noise=0.0), **in_training), run())
 
 
+def test_patches_that_sit_a_block_out_are_no_places():
+    """Whatever they are, the others' masks are the same."""
+    valid = jnp.asarray(np.arange(PATCHES)[None] < np.asarray([[PATCHES], [6]]))
+    other = np.where(valid[..., None], X, 5 * X[:, ::-1])
+    plain, changed = (run(x=x, valid_bt=valid) for x in (X, other))
+    np.testing.assert_array_equal(plain[valid], changed[valid])
+    np.testing.assert_array_equal(plain[0], run()[0])
+
+
+def test_skipped_patches_are_no_places_of_words():
+    """Evaluation has them in the block with no part in it, training has not."""
+    depth = DepthConfig(causal_rule="none")
+    config = dataclasses.replace(
+        make_config(noise=0.0), block_pattern=("mod:0.5:dense",), depth=depth
+    )
+    model = build_dit(config)
+    batch = {
+        "x_t": rng.normal(size=(4, 8, 8, 3)).astype(np.float32),
+        "times": np.linspace(0.1, 0.9, 4, dtype=np.float32),
+        "tokens": np.int32([[1, 9, 8, 2, 0]] * 4),
+    }
+    shapes = meta.unbox(jax.eval_shape(model.init, jax.random.key(0), batch))["params"]
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.4, leaf.dtype), shapes
+    )
+    apply = jax.jit(
+        lambda train: model.apply({"params": params}, batch, train=train).prediction,
+        static_argnums=0,
+    )
+    np.testing.assert_allclose(apply(True), apply(False), rtol=1e-3, atol=1e-3)
+
+
+def test_dropout_and_norms_of_queries_reach_the_words():
+    dropped = dataclasses.replace(CONFIG, dropout=0.5)
+    key = jax.random.key(1)
+    np.testing.assert_array_equal(run(config=dropped), run())
+    assert np.abs(run(config=dropped, train=True, rng=key) - run()).max() > 0.1
+    normed_too = dataclasses.replace(CONFIG, qk_norm="rms")
+    params = {**PARAMS, **{f"{which}_norm": {"scale_md": jnp.ones((1, HEAD))} for which in "qk"}}
+    scaled = {**params, "query_dnh": 7 * params["query_dnh"]}
+    got = run(params, normed_too)
+    np.testing.assert_allclose(run(scaled, normed_too), got, atol=1e-4)
+    assert np.abs(got - run()).max() > 0.05
+
+
+def test_raphael_reads_words():
+    """Six experts of places beside those of time; of labels there are no words."""
+    model, plain = (load_config(name).model for name in ("raphael:text", "raphael"))
+    assert model.words.attend and model.words.num_experts == 6
+    assert model.moe.score.input == plain.moe.score.input == "noise"
+    assert not plain.words.attend
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
         ({"attend": False}, "model.words.num_experts: needs model.words.attend=True"),
         ({"threshold": 1.0}, "model.words.threshold: must be in"),
         ({"hidden": 0}, "model.words.hidden: must be positive for the 3 experts"),
+        ({"num_experts": 0, "hidden": 0}, "model.words.threshold: is of the experts of places"),
         ({"noise": -1.0}, "model.words.noise: must not be negative"),
     ],
 )

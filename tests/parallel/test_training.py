@@ -80,6 +80,11 @@ MODELS = {
     ),
     # Its thresholds are moved by what the whole batch was given.
     "diffmoe": ("diffmoe", {**VISION, **EXPERTS}),
+    # Experts by time, and the places of words.
+    "raphael": (
+        "raphael:text",
+        {**PAIRS, "model.moe.hidden": 16, "model.words.hidden": 16, "model.words.num_experts": 3},
+    ),
     "clip": ("clip", {**PAIRS, "objective.chunk": 3}),
     "siglip": ("siglip", PAIRS),
     "limoe": ("limoe", PAIRS),

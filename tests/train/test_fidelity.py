@@ -157,6 +157,36 @@ def test_samples_are_the_same_in_every_evaluation():
     assert not np.array_equal(first[:10, 1], first[10:20, 1])
 
 
+@pytest.mark.parametrize(
+    "name, fields, message",
+    [
+        ("bagel", {"data.drop_text": 0.0}, "which data.drop_text=0 trains none of"),
+        ("bagel", {"eval.fidelity.sampler": "hein"}, "eval.fidelity.sampler: no sampler 'hein'"),
+        ("dit", {"eval.fidelity.steps": 1001}, "eval.fidelity.steps: ddpm has 1000 discrete times"),
+        (
+            "dit:text",
+            {"eval.fidelity.classifier": "."},
+            "eval.fidelity.classifier: judges pictures",
+        ),
+        ("mod", {"model.depth.causal_rule": "none"}, "model.depth.causal_rule='none': sees later"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_before_the_training(monkeypatch, name, fields, message):
+    monkeypatch.setattr(module, "installed_weights", lambda: None)
+    config = load_config(name, {"eval.metrics": ("fidelity",), **fields})
+    with pytest.raises(UserError, match=message):
+        check_evaluators(config)
+    check_evaluators(load_config("bagel", {"eval.metrics": ("fidelity",)}))
+
+
+def test_models_without_classes_are_asked_for_none(context, monkeypatch):
+    _, asked = register(monkeypatch)
+    model = dataclasses.replace(context.config.model, num_classes=0)
+    evaluated(dataclasses.replace(context, config=dataclasses.replace(context.config, model=model)))
+    labels = np.concatenate(asked)
+    assert set(labels.tolist()) <= {-1, module.FILLER}
+
+
 def test_mistakes(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="'fidelity' needs a model that draws pictures"):
         check_evaluators(load_config("tokenizer_kl", {"eval.metrics": ("fidelity",)}))
