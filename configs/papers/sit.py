@@ -9,7 +9,7 @@ pictures than DiT's noise.
 Time runs from noise at 0 to data at 1, and is drawn evenly; all else is ``dit``'s. The sinusoids of
 the authors' code are of the time itself, here of 1,000 times that, as in DiT. Departures and what
 the sizes are for: as ``dit`` says. Quality, on two CPU cores: docs/diffusion.md (``text``, 6,000
-steps, 26 minutes with other work beside it), experiments/dit_moe.
+steps, 26 minutes with other work beside it); experiments/dit_moe has the other direction of time.
 """
 
 from moejax.config import load_config_dict
