@@ -1,4 +1,4 @@
-"""The configs of layers of experts, and that of clips, train: their losses fall."""
+"""The configs of layers of experts, of clips, of diffusion and its towers train: losses fall."""
 
 import jax
 import numpy as np
@@ -25,6 +25,32 @@ NARROW = {
     "data.sequence_length": 160,
     "optim.learning_rate": 1e-2,
     "optim.warmup_steps": 2,
+}
+
+
+# Of the built-in emoji, which need no package of the system.
+DENOISERS = (
+    "dit",
+    "sit",
+    "dit_moe",
+    "promoe",
+    "ec_dit",
+    "diffmoe",
+    "raphael",
+    "raphael:text",
+    "mode",
+)
+NARROW_DENOISER = {
+    "data.source": "builtin:emoji32",
+    "data.image_size": 32,
+    "model.image_size": 32,
+    "model.d_model": 32,
+    "model.num_layers": 2,
+    "model.ffn_hidden": (64,),
+    "model.moe.hidden": 32,
+    "data.batch_size": 16,
+    "optim.learning_rate": 5e-3,
+    "optim.warmup_steps": 5,
 }
 
 
@@ -62,3 +88,24 @@ def test_a_few_steps_of_a_narrow_one(name):
 def test_a_few_steps_on_clips_of_two_frames():
     first, last = losses("videollm_mod", 12, {**NARROW, "data.frames": 2})
     assert last < first - 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DENOISERS)
+def test_denoisers_learn(name, capsys):
+    """From the prediction 0, whose error is the variance of what is predicted, to well below it."""
+    first, last = losses(name, 40, NARROW_DENOISER)
+    with capsys.disabled():
+        print(f"\n{name}: {first:.3f} -> {last:.3f}")
+    assert last < 0.75 * first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bagel", "hbridge"])
+def test_towers_that_draw_learn(name, capsys):
+    few = {"data.batch_size": 8, "optim.learning_rate": 2e-3, "optim.warmup_steps": 2}
+    few |= {"optim.freeze": ()}
+    first, last = losses(name, 20, few)
+    with capsys.disabled():
+        print(f"\n{name}: {first:.3f} -> {last:.3f}")
+    assert last < 0.9 * first

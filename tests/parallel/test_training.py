@@ -83,7 +83,7 @@ MODELS = {
     # Experts by time, and the places of words.
     "raphael": (
         "raphael:text",
-        {**PAIRS, "model.moe.hidden": 16, "model.words.hidden": 16, "model.words.num_experts": 3},
+        {**PAIRS, **EXPERTS, "model.words.hidden": 16, "model.words.num_experts": 3},
     ),
     "clip": ("clip", {**PAIRS, "objective.chunk": 3}),
     "siglip": ("siglip", PAIRS),
