@@ -45,6 +45,7 @@ class Pipeline:
             yield {
                 "tokens": np.where(image_id, 5, 20).astype(np.int32),
                 "positions": np.arange(6, dtype=np.int32)[None],
+                "segments": np.ones((1, 6), np.int32),
                 "image_id": image_id,
                 "latents": rng.normal(size=(1, 6, 3)).astype(np.float32) + 9 * (1 - weight),
                 "weights": np.full((1, 6), weight, np.float32),
