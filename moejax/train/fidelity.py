@@ -31,7 +31,7 @@ from moejax.config.schema import Config
 from moejax.data.prepare.efficientnet import installed_weights
 from moejax.data.prepare.stages import track
 from moejax.errors import UserError
-from moejax.generate.api import check_can_sample
+from moejax.generate.api import check_can_sample, sample_images, sampler_of
 from moejax.generate.drawing import Drawing, check_drawing
 from moejax.train.evaluate import EVALUATORS, EvalContext, EvalResult, eval_plans
 
@@ -78,8 +78,6 @@ def draw_sequences(context: EvalContext) -> Draw:
 
     Those that are latents by the sampler and the steps of ``eval.fidelity``.
     """
-    from moejax.generate.api import sample_images, sampler_of
-
     sampler = sampler_of(context.with_params(None))
     if sampler.diffusion is not None:
         drawing = check_drawing(_drawing_of(context.config), sampler.diffusion)

@@ -105,7 +105,7 @@ def test_denoisers_learn(name, capsys):
 def test_towers_that_draw_learn(name, capsys):
     few = {"data.batch_size": 8, "optim.learning_rate": 2e-3, "optim.warmup_steps": 2}
     few |= {"optim.freeze": ()}
-    first, last = losses(name, 20, few)
+    first, last = losses(name, 40, few)
     with capsys.disabled():
         print(f"\n{name}: {first:.3f} -> {last:.3f}")
     assert last < 0.9 * first
